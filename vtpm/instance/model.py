@@ -8,8 +8,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from vtpm.engine.interface import EngineCapabilities, PcrValue, PcrValues
 from vtpm.store.model import InstanceRecord
-from vtpm.tpm.pcr import PcrBank
+
+__all__ = [
+    "ChangeKind",
+    "CreateRequest",
+    "EngineCapabilities",
+    "HostInfo",
+    "InstanceChange",
+    "LabelChanges",
+    "PcrValue",
+    "PcrValues",
+    "QuoteResult",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +58,6 @@ class InstanceChange:
 
 
 @dataclass(frozen=True, slots=True)
-class EngineCapabilities:
-    """What an engine can do; `available` says whether it can serve on this host."""
-
-    name: str
-    version: str
-    hibernation: bool
-    available: bool
-
-
-@dataclass(frozen=True, slots=True)
 class HostInfo:
     """What runs here."""
 
@@ -68,23 +70,6 @@ class HostInfo:
     state_dir: Path
     runtime_dir: Path
     engine_host_pid: int
-
-
-@dataclass(frozen=True, slots=True)
-class PcrValue:
-    """One PCR of one bank; `digest` has the bank's digest size in bytes."""
-
-    bank: PcrBank
-    index: int
-    digest: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class PcrValues:
-    """PCR values read in one go, with the TPM's PCR update counter."""
-
-    values: tuple[PcrValue, ...]
-    update_counter: int
 
 
 @dataclass(frozen=True, slots=True)

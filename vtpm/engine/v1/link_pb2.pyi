@@ -123,10 +123,13 @@ class HelloReply(_message.Message):
     PID_FIELD_NUMBER: _builtins.int
     WORKERS_FIELD_NUMBER: _builtins.int
     ENGINE_VERSION_FIELD_NUMBER: _builtins.int
+    MORE_FIELD_NUMBER: _builtins.int
     protocol: _builtins.int
     version: _builtins.str
     pid: _builtins.int
     engine_version: _builtins.str
+    more: _builtins.bool
+    """Another reply with the same id follows with more workers."""
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___RunningWorker]: ...
     def __init__(
@@ -137,10 +140,11 @@ class HelloReply(_message.Message):
         pid: _builtins.int = ...,
         workers: _abc.Iterable[Global___RunningWorker] | None = ...,
         engine_version: _builtins.str = ...,
+        more: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine_version", b"engine_version", "pid", b"pid", "protocol", b"protocol", "version", b"version", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine_version", b"engine_version", "more", b"more", "pid", b"pid", "protocol", b"protocol", "version", b"version", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -570,16 +574,12 @@ class Load(_message.Message):
     SEALED_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     STARTUP_CLEAR_FIELD_NUMBER: _builtins.int
-    AK_HANDLE_FIELD_NUMBER: _builtins.int
-    AK_TPMT_PUBLIC_FIELD_NUMBER: _builtins.int
     COMMIT_TIMEOUT_MS_FIELD_NUMBER: _builtins.int
     data_key: _builtins.bytes
     sealed: _builtins.bytes
     epoch: _builtins.int
     """The epoch this worker owns; its commits carry it."""
     startup_clear: _builtins.bool
-    ak_handle: _builtins.int
-    ak_tpmt_public: _builtins.bytes
     commit_timeout_ms: _builtins.int
     @_builtins.property
     def place(self) -> Global___Place:
@@ -593,13 +593,11 @@ class Load(_message.Message):
         sealed: _builtins.bytes = ...,
         epoch: _builtins.int = ...,
         startup_clear: _builtins.bool = ...,
-        ak_handle: _builtins.int = ...,
-        ak_tpmt_public: _builtins.bytes = ...,
         commit_timeout_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["place", b"place"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ak_handle", b"ak_handle", "ak_tpmt_public", b"ak_tpmt_public", "commit_timeout_ms", b"commit_timeout_ms", "data_key", b"data_key", "epoch", b"epoch", "place", b"place", "sealed", b"sealed", "startup_clear", b"startup_clear"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["commit_timeout_ms", b"commit_timeout_ms", "data_key", b"data_key", "epoch", b"epoch", "place", b"place", "sealed", b"sealed", "startup_clear", b"startup_clear"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -988,7 +986,7 @@ class OrdinalCount(_message.Message):
     """Sum of execution times in nanoseconds."""
     @_builtins.property
     def buckets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Cumulative counts by latency bucket (upper bounds in vtpm.engine.worker)."""
+        """Counts by latency bucket (upper bounds in vtpm.engine.stats), the last one for all above."""
 
     def __init__(
         self,

@@ -1,0 +1,198 @@
+"""Typed settings: flags over environment (`VTPM_…`) over a TOML file over defaults. docs/configuration.md is made from this model."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Final, Literal
+from urllib.parse import urlsplit
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from vtpm.errors import ConfigError
+
+# sun_path has 108 bytes with its end mark (unix(7)); the longest socket is instances/<uuid>/tpm.sock.ctrl.
+_MAX_SOCKET_PATH: Final = 107
+_LONGEST_SOCKET: Final = len("/instances/") + 36 + len("/tpm.sock.ctrl")
+_MAX_FILE_SIZE: Final = 1 << 20
+
+
+def _is_root() -> bool:
+    return os.geteuid() == 0
+
+
+def _home(variable: str, fallback: str) -> Path:
+    value = os.environ.get(variable, "")
+    return Path(value) if value.startswith("/") else Path.home() / fallback
+
+
+def default_state_dir() -> Path:
+    """Where state lives: /var/lib/vtpm for root, $XDG_STATE_HOME/vtpm otherwise."""
+    return Path("/var/lib/vtpm") if _is_root() else _home("XDG_STATE_HOME", ".local/state") / "vtpm"
+
+
+def default_runtime_dir() -> Path:
+    """Where sockets live: /run/vtpm for root, $XDG_RUNTIME_DIR/vtpm otherwise."""
+    if _is_root():
+        return Path("/run/vtpm")
+    value = os.environ.get("XDG_RUNTIME_DIR", "")
+    return (Path(value) if value.startswith("/") else Path(f"/tmp/vtpm-{os.geteuid()}")) / "vtpm"  # noqa: S108  # owner-checked when used
+
+
+def default_config_file() -> Path:
+    """Where the file is looked for when none is named."""
+    return Path("/etc/vtpm/vtpm.toml") if _is_root() else _home("XDG_CONFIG_HOME", ".config") / "vtpm" / "vtpm.toml"
+
+
+class Settings(BaseSettings):
+    """Every setting of the daemon; the CLI uses the directories alone."""
+
+    model_config = SettingsConfigDict(env_prefix="VTPM_", extra="forbid", frozen=True, validate_default=True)
+
+    state_dir: Path = Field(default_factory=default_state_dir, description="Directory of the store and the key file; 0700.")
+    runtime_dir: Path = Field(default_factory=default_runtime_dir, description="Directory of the sockets; 0700.")
+    store_url: str = Field(default="", description="Database of the store; default: `vtpm.db` in the state directory.")
+    key_provider: str = Field(default="file", description="Key provider that wraps the data keys, by its entry point name.")
+    key_provider_options: dict[str, str] = Field(
+        default_factory=dict, description="Options of the key provider; `file` knows `path`, the key file. JSON in a flag or variable."
+    )
+    default_engine: Literal["libtpms", "tpm_server"] = Field(
+        default="libtpms", description="Engine of instances that are created without naming one."
+    )
+    tpm_server_path: str = Field(
+        default="tpm_server", description="IBM's TPM simulator, for instances of the engine `tpm_server`; a path, or a name on PATH."
+    )
+    commit_timeout_s: float = Field(
+        default=60, gt=0, le=3600, description="How long a command that changed NV waits to become durable before its instance is FAILED."
+    )
+    command_timeout_s: float = Field(
+        default=30, gt=0, le=3600, description="How long a worker may take to stop when asked, before it is killed."
+    )
+    drain_timeout_s: float = Field(default=10, ge=0, le=3600, description="How long running calls may take when the daemon stops.")
+    max_running: int = Field(default=0, ge=0, description="How many instances may be ON at once; 0: no limit.")
+    worker_memory_limit_mb: int = Field(default=256, ge=64, le=4096, description="Bound of a worker's data segment in MiB.")
+    max_message_size_bytes: int = Field(default=4 << 20, ge=64 << 10, le=64 << 20, description="Largest gRPC message.")
+    log_format: Literal["auto", "json", "console"] = Field(
+        default="auto", description="How to log; `auto` writes for people on a terminal and JSON elsewhere."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="Least important events to log.")
+    metrics_address: str = Field(default="", description="`host:port` of the Prometheus metrics; empty: none.")
+    otel_endpoint: str = Field(
+        default="", description="OTLP/gRPC endpoint for traces of gRPC calls, such as `http://127.0.0.1:4317`; empty: none."
+    )
+    socket_group: str = Field(default="", description="Group that may use the operators' socket besides the daemon's user.")
+
+    _cli: ClassVar[Mapping[str, object]] = {}
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags and the file come in by `load`; the environment stands between them."""
+        return (init_settings, env_settings)
+
+    @field_validator("state_dir", "runtime_dir", mode="after")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        return Path(os.path.abspath(value.expanduser()))  # noqa: PTH100  # resolve() would follow links
+
+    @model_validator(mode="after")
+    def _check(self) -> Settings:
+        longest = len(os.fsencode(self.runtime_dir)) + _LONGEST_SOCKET
+        if longest > _MAX_SOCKET_PATH:
+            room = _MAX_SOCKET_PATH - _LONGEST_SOCKET
+            raise ValueError(f"runtime_dir: the path is too long for sockets under it; at most {room} bytes, such as /run/vtpm")
+        if not self.store_url:
+            object.__setattr__(self, "store_url", f"sqlite:///{self.state_dir / 'vtpm.db'}")
+        return self
+
+    @property
+    def operator_socket(self) -> Path:
+        """The operators' gRPC socket."""
+        return self.runtime_dir / "operator.sock"
+
+    @classmethod
+    def load(cls, cli: Mapping[str, object]) -> Settings:
+        """Read the settings; `cli` holds what flags gave, `config_file` among them.
+
+        Raises:
+            ConfigError: a line for each problem, with where it is and what is allowed.
+        """
+        named = cli.get("config_file") or os.environ.get("VTPM_CONFIG_FILE", "")
+        path = Path(str(named)) if named else default_config_file()
+        values = _read_file(path, required=bool(named))
+        # The environment stands between file and flags, so that a file's value yields to it.
+        for name in list(values):
+            if f"VTPM_{name.upper()}" in os.environ:
+                del values[name]
+        flags = {name: _from_text(name, value) for name, value in cli.items() if name != "config_file"}
+        try:
+            return cls(**{**values, **flags})
+        except ValidationError as error:
+            raise _describe(error, path, values, flags) from None
+        except ValueError as error:
+            raise ConfigError("CONFIG_INVALID", str(error).splitlines()[0], subject="environment") from None
+
+
+def _from_text(name: str, value: object) -> object:
+    if name == "key_provider_options" and isinstance(value, str):
+        import json
+
+        try:
+            return json.loads(value)
+        except ValueError:
+            raise ConfigError(
+                "CONFIG_INVALID", "the value is no JSON object", subject="--key-provider-options", remedy='write {"path": "…"}'
+            ) from None
+    return value
+
+
+def _read_file(path: Path, *, required: bool) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            text = file.read(_MAX_FILE_SIZE + 1)
+    except FileNotFoundError:
+        if not required:
+            return {}
+        raise ConfigError(
+            "CONFIG_FILE_MISSING", "the configuration file does not exist", subject=str(path), remedy="check --config-file or VTPM_CONFIG_FILE"
+        ) from None
+    except OSError as error:
+        raise ConfigError("CONFIG_FILE_UNREADABLE", f"the file can't be read: {error.strerror}", subject=str(path)) from None
+    try:
+        return tomllib.loads(text.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError("CONFIG_FILE_INVALID", f"the file is no TOML: {error}", subject=str(path)) from None
+
+
+def _describe(error: ValidationError, path: Path, values: Mapping[str, object], flags: Mapping[str, object]) -> ConfigError:
+    lines = []
+    for item in error.errors(include_url=False, include_input=False):
+        name = str(item["loc"][0]) if item["loc"] else ""
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            message = "there is no such setting"
+        if not name:
+            lines.append(message)
+            continue
+        if name in flags:
+            where = f"--{name.replace('_', '-')}"
+        elif name in values:
+            where = f"{path}: {name}"
+        else:
+            where = f"VTPM_{name.upper()}"
+        lines.append(f"{where}: {message}")
+    return ConfigError("CONFIG_INVALID", "\n".join(lines), remedy="every setting: docs/configuration.md; vtpm config check")
+
+
+def endpoint_host(url: str) -> str:
+    """Return host and port of an endpoint URL, for messages."""
+    return urlsplit(url).netloc or url

@@ -1,0 +1,222 @@
+"""Composition root: reads the configuration, builds the parts, runs them, shuts down in order.
+
+Order of the end: no new calls, running calls finish (drain), commits in flight finish, the store closes. What is powered on runs on
+with the engine host, and the next daemon takes it over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import errno
+import fcntl
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import structlog
+import uvloop
+
+from vtpm import __version__
+from vtpm.api.server import ApiServer
+from vtpm.config import Settings
+from vtpm.engine import sandbox
+from vtpm.engine.committer import Committer, CommitReport
+from vtpm.engine.libtpms_engine import ENGINE_NAME, LibtpmsEngine
+from vtpm.errors import ConfigError, VtpmError
+from vtpm.instance.lifecycle import Lifecycle
+from vtpm.instance.manager import InstanceManager
+from vtpm.instance.sockets import InstanceSockets
+from vtpm.instance.watch import ChangeHub
+from vtpm.log import configure
+from vtpm.metrics import Metrics
+from vtpm.seal.keys import load_key_provider
+from vtpm.store.store import Store
+from vtpm.wire.swtpm import ControlServers
+
+if TYPE_CHECKING:
+    from vtpm.engine.interface import Engine
+
+log: Final = structlog.get_logger("vtpm.daemon")
+
+EXIT_OK: Final = 0
+EXIT_FAILED: Final = 1
+EXIT_CONFIG: Final = 2
+_METRICS_INTERVAL_S: Final = 10.0
+_BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
+
+
+class Daemon:
+    """One daemon: `run` serves until `stop` is called."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._stopping = asyncio.Event()
+
+    def stop(self) -> None:
+        """Begin the orderly end."""
+        self._stopping.set()
+
+    async def run(self) -> None:
+        """Build, recover, serve, drain.
+
+        Raises:
+            VtpmError: something that the daemon can't run without is missing or damaged; nothing was changed.
+        """
+        settings = self._settings
+        async with contextlib.AsyncExitStack() as stack:
+            for directory in (settings.state_dir, settings.runtime_dir):
+                stack.enter_context(owned_directory(directory))
+            metrics = Metrics()
+            store = await asyncio.to_thread(Store.open, settings.store_url)
+            stack.callback(store.close)
+            keys = await asyncio.to_thread(
+                load_key_provider,
+                settings.key_provider,
+                state_dir=settings.state_dir,
+                options=settings.key_provider_options,
+                create=store.is_empty(),
+            )
+            committer = Committer(store.commit, lambda report: _observe(metrics, report))
+            stack.callback(committer.close)
+            libtpms = LibtpmsEngine(
+                settings.runtime_dir,
+                committer,
+                memory_limit=settings.worker_memory_limit_mb << 20,
+                commit_timeout_s=settings.commit_timeout_s,
+                command_timeout_s=settings.command_timeout_s,
+            )
+            engines: dict[str, Engine] = {ENGINE_NAME: libtpms}
+            lifecycle = Lifecycle(
+                store,
+                keys,
+                engines,
+                InstanceSockets(settings.runtime_dir),
+                ChangeHub(),
+                boot_id=_BOOT_ID.read_text().strip(),
+                max_running=settings.max_running,
+            )
+            stack.push_async_callback(lifecycle.close)
+            await lifecycle.recover()
+            manager = InstanceManager(
+                lifecycle,
+                default_engine=settings.default_engine,
+                state_dir=settings.state_dir,
+                runtime_dir=settings.runtime_dir,
+                engine_host_pid=lambda: libtpms.host_pid,
+            )
+            control = ControlServers(manager)
+            manager.subscribe(control.on_change)
+            stack.push_async_callback(control.close)
+            api = ApiServer(manager, settings, metrics)
+            await api.start()
+            stack.push_async_callback(api.stop)
+            if settings.metrics_address:
+                metrics.start_http_server(settings.metrics_address)
+                observer = asyncio.get_running_loop().create_task(_observe_instances(manager, metrics))
+                stack.callback(observer.cancel)
+            log.info("daemon.ready", version=__version__, socket=str(settings.operator_socket), pid=os.getpid())
+            await self._stopping.wait()
+            log.info("daemon.draining", timeout_s=settings.drain_timeout_s)
+            await api.drain(settings.drain_timeout_s)
+        log.info("daemon.stopped")
+
+
+def _observe(metrics: Metrics, report: CommitReport) -> None:
+    metrics.observe_commit(report.batch_size, report.refused, report.seconds)
+
+
+async def _observe_instances(manager: InstanceManager, metrics: Metrics) -> None:
+    """Collect from time to time what only the workers and the store know."""
+    while True:
+        try:
+            for row in await manager.drain_command_counts():
+                metrics.observe_ordinals(row.ordinal, row.count, row.nanos, list(row.buckets))
+            metrics.set_instances((await manager.host()).counts)
+        except VtpmError as error:
+            log.warning("metrics.collection_failed", reason=error.reason)
+        await asyncio.sleep(_METRICS_INTERVAL_S)
+
+
+@contextlib.contextmanager
+def owned_directory(path: Path) -> Iterator[None]:
+    """Make `path`, 0700, and hold its lock: one daemon at a time.
+
+    Raises:
+        ConfigError: it can't be made, belongs to somebody else, is open to others, or another daemon has it.
+    """
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = path.stat()
+        if status.st_uid != os.geteuid():
+            raise ConfigError(
+                "DIRECTORY_OWNER", f"the directory belongs to uid {status.st_uid}, the daemon runs as {os.geteuid()}",
+                subject=str(path), remedy="run as its owner, or give another directory",
+            )
+        if status.st_mode & 0o022:
+            raise ConfigError(
+                "DIRECTORY_WRITABLE", "others may write to the directory", subject=str(path), remedy=f"chmod go-w '{path}'"
+            )
+        lock = os.open(path / "daemon.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise ConfigError(
+            "DIRECTORY_UNUSABLE", f"the directory can't be used: {error.strerror}", subject=str(path),
+            remedy="check its owner and mode, or move it: --state-dir, --runtime-dir",
+        ) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(lock)
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+            raise
+        raise ConfigError(
+            "DAEMON_RUNNING", "another daemon uses this directory", subject=str(path),
+            remedy="stop it, or give this one other directories: --state-dir, --runtime-dir",
+        ) from None
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+def parse_arguments(arguments: list[str]) -> dict[str, Any]:
+    """Turn `--state-dir X` and the like into settings; every option of vtpm.config.Settings is a flag."""
+    parser = argparse.ArgumentParser(
+        prog="server.py", description="The vTPM daemon: a TPM 2.0 for every VM. Every option: docs/configuration.md.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"vtpm {__version__}")
+    for name, field in Settings.model_fields.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", dest=name, metavar="VALUE", help=(field.description or "").replace("%", "%%"))
+    return {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
+
+
+def main(arguments: list[str]) -> int:
+    """Run the daemon in the foreground; returns the exit status."""
+    try:
+        settings = Settings.load(parse_arguments(arguments))
+        configure(settings.log_format, settings.log_level)
+        sandbox.forbid_dumps()
+        uvloop.run(_serve(settings))
+    except ConfigError as error:
+        return _say(error, EXIT_CONFIG)
+    except VtpmError as error:
+        return _say(error, EXIT_FAILED)
+    return EXIT_OK
+
+
+def _say(error: VtpmError, status: int) -> int:
+    sys.stderr.write(f"vtpm: {error.reason}: {error}\n")
+    return status
+
+
+async def _serve(settings: Settings) -> None:
+    daemon = Daemon(settings)
+    loop = asyncio.get_running_loop()
+    on_signal: Callable[[], None] = daemon.stop
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    await daemon.run()

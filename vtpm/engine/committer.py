@@ -1,0 +1,161 @@
+"""The commit thread: takes sealed states from all workers, makes them durable together, and answers.
+
+Why a thread: a commit blocks in the kernel until the disk has it, and a guest waits for exactly that. The thread polls the workers'
+commit sockets itself, so that a commit crosses neither the event loop nor a queue; all that arrived while the last sync ran goes
+into the next one (group commit).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+import structlog
+
+from vtpm.engine.framing import FrameReader, frame
+from vtpm.engine.interface import CommitFunction
+from vtpm.engine.v1 import link_pb2 as pb
+from vtpm.errors import StoreError, VtpmError
+from vtpm.store.model import StateCommit
+
+log: Final = structlog.get_logger("vtpm.engine")
+
+_RETRY_S: Final = 0.2
+_REPORT_EVERY_S: Final = 10.0
+
+
+@dataclass(slots=True)
+class _Channel:
+    instance: uuid.UUID
+    epoch: int
+    sock: socket.socket
+    reader: FrameReader = field(default_factory=FrameReader)
+
+
+@dataclass(frozen=True, slots=True)
+class CommitReport:
+    """One turn of the commit thread: how many states, how many refused, seconds in the store."""
+
+    batch_size: int
+    refused: int
+    seconds: float
+
+
+class Committer:
+    """Owns the commit thread. `on_report` is called from it after each turn, `on_trouble` with a StoreError while one lasts."""
+
+    def __init__(
+        self,
+        commit: CommitFunction,
+        on_report: Callable[[CommitReport], None] = lambda _report: None,
+    ) -> None:
+        self._commit = commit
+        self._on_report = on_report
+        self._epoll = select.epoll()
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._epoll.register(self._wake_fd, select.EPOLLIN)
+        self._channels: dict[int, _Channel] = {}
+        self._added: list[_Channel] = []
+        self._lock = threading.Lock()
+        self._closing = False
+        self.trouble: StoreError | None = None
+        self._thread = threading.Thread(target=self._run, name="vtpm-commit", daemon=True)
+        self._thread.start()
+
+    def add(self, instance: uuid.UUID, epoch: int, sock: socket.socket) -> None:
+        """Serve a worker's commit socket until it closes; takes ownership of `sock`."""
+        sock.setblocking(False)
+        with self._lock:
+            self._added.append(_Channel(instance, epoch, sock))
+        os.eventfd_write(self._wake_fd, 1)
+
+    def close(self) -> None:
+        """Stop after the turn that runs. Commits not taken stay with their workers, which bring them to the next daemon."""
+        self._closing = True
+        os.eventfd_write(self._wake_fd, 1)
+        self._thread.join()
+        for channel in [*self._channels.values(), *self._added]:
+            channel.sock.close()
+        self._epoll.close()
+        os.close(self._wake_fd)
+
+    def _run(self) -> None:
+        while not self._closing:
+            arrived: list[tuple[_Channel, pb.Commit]] = []
+            for fd, _event in self._epoll.poll():
+                if fd == self._wake_fd:
+                    self._take_added()
+                else:
+                    arrived += self._receive(self._channels[fd])
+            if arrived:
+                self._serve(arrived)
+
+    def _take_added(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._wake_fd)
+        with self._lock:
+            added, self._added = self._added, []
+        for channel in added:
+            self._channels[channel.sock.fileno()] = channel
+            self._epoll.register(channel.sock.fileno(), select.EPOLLIN)
+
+    def _receive(self, channel: _Channel) -> list[tuple[_Channel, pb.Commit]]:
+        try:
+            data = channel.sock.recv(1 << 18)
+            if data:
+                return [(channel, pb.Commit.FromString(message)) for message in channel.reader.feed(data)]
+        except BlockingIOError:
+            return []
+        except (OSError, VtpmError, ValueError) as error:
+            log.warning("commit.channel_failed", instance=str(channel.instance), error=type(error).__name__)
+        self._drop(channel)
+        return []
+
+    def _drop(self, channel: _Channel) -> None:
+        if self._channels.pop(channel.sock.fileno(), None) is not None:
+            self._epoll.unregister(channel.sock.fileno())
+        channel.sock.close()
+
+    def _serve(self, arrived: list[tuple[_Channel, pb.Commit]]) -> None:
+        # The instance is the socket's, never the message's: a worker can write its own state only.
+        commits = [StateCommit(channel.instance, message.epoch, message.version, message.sealed) for channel, message in arrived]
+        refusals = self._durably(commits)
+        if refusals is None:
+            return
+        for (channel, message), refused in zip(arrived, refusals, strict=True):
+            if refused:
+                log.error(
+                    "commit.refused", instance=str(channel.instance), epoch=message.epoch, version=message.version, reason=refused
+                )
+            try:
+                channel.sock.send(frame(pb.CommitAck(version=message.version, refused=refused).SerializeToString()))
+            except OSError:
+                # The worker died meanwhile; its state is durable, its answer was never given.
+                self._drop(channel)
+
+    def _durably(self, commits: list[StateCommit]) -> list[str] | None:
+        """Commit; while the store is in trouble keep trying: the workers wait, up to their own time limit."""
+        reported = 0.0
+        while not self._closing:
+            start = time.monotonic()
+            try:
+                refusals = self._commit(commits)
+            except StoreError as error:
+                self.trouble = error
+                if start - reported >= _REPORT_EVERY_S:
+                    reported = start
+                    log.error("commit.store_failed", reason=error.reason, remedy=error.remedy, waiting=len(commits))
+                time.sleep(_RETRY_S)
+                continue
+            self.trouble = None
+            self._on_report(CommitReport(len(commits), sum(map(bool, refusals)), time.monotonic() - start))
+            return refusals
+        return None

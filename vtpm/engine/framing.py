@@ -1,0 +1,71 @@
+"""Length-prefixed messages on stream sockets: u32 length (big-endian), then that many bytes."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from typing import Final
+
+from vtpm.errors import EngineError
+
+LENGTH: Final = struct.Struct(">I")
+# A permanent state is a few kB and at most some hundred; a frame above this is a broken or hostile peer.
+MAX_FRAME_SIZE: Final = 4 << 20
+
+
+def frame(message: bytes) -> bytes:
+    """Return `message` with its length in front."""
+    return LENGTH.pack(len(message)) + message
+
+
+class FrameReader:
+    """Collects bytes as they come and gives whole messages.
+
+    Bytes come from another process: a length above the bound is refused before anything is kept for it.
+    """
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """Add `data`; return the messages that are now whole.
+
+        Raises:
+            EngineError: FRAME_TOO_LARGE.
+        """
+        buffer = self._buffer
+        buffer += data
+        messages = []
+        while len(buffer) >= LENGTH.size:
+            (size,) = LENGTH.unpack_from(buffer)
+            if size > MAX_FRAME_SIZE:
+                raise EngineError("FRAME_TOO_LARGE", f"a peer announced a frame of {size} bytes")
+            end = LENGTH.size + size
+            if len(buffer) < end:
+                break
+            messages.append(bytes(memoryview(buffer)[LENGTH.size : end]))
+            del buffer[:end]
+        return messages
+
+
+def receive_frame(sock: socket.socket) -> bytes:
+    """Read one message from a blocking socket.
+
+    Raises:
+        EOFError: the peer is gone.
+        EngineError: FRAME_TOO_LARGE.
+    """
+    (size,) = LENGTH.unpack(_receive(sock, LENGTH.size))
+    if size > MAX_FRAME_SIZE:
+        raise EngineError("FRAME_TOO_LARGE", f"a peer announced a frame of {size} bytes")
+    return _receive(sock, size)
+
+
+def _receive(sock: socket.socket, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        part = sock.recv(size - len(data))
+        if not part:
+            raise EOFError
+        data += part
+    return data

@@ -1,0 +1,273 @@
+"""The engine host: a small process that outlives the daemon, forks workers and owns them.
+
+It has imported everything once and then only forks. It never parses guest bytes and never sees a data key: those go from the daemon
+to the worker over sockets that it only passes on.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import gc
+import os
+import select
+import signal
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from vtpm import __version__
+from vtpm.engine import sandbox
+from vtpm.engine.libtpms import Libtpms
+from vtpm.engine.operations import Operations
+from vtpm.engine.v1 import link_pb2 as pb
+from vtpm.engine.worker import Worker
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+# Rises when the messages between daemon, engine host and worker change in a way that an older peer can't follow.
+PROTOCOL: Final = 1
+MAX_MESSAGE_SIZE: Final = 64 << 10
+_WORKERS_A_MESSAGE: Final = 500
+_MAX_DESCRIPTORS: Final = 4
+
+
+@dataclass(slots=True)
+class _Child:
+    """A running worker as the engine host knows it; `control_listener` is held for the next daemon."""
+
+    instance: str
+    epoch: int
+    pid: int
+    pidfd: int
+    link: socket.socket
+    control_listener: socket.socket | None
+
+
+class EngineHost:
+    """The loop of the engine host; one daemon at a time is connected to `listener`, a SOCK_SEQPACKET socket."""
+
+    def __init__(self, listener: socket.socket, *, memory_limit: int) -> None:
+        self._listener = listener
+        self._memory_limit = memory_limit
+        self._tpm = Libtpms()
+        self._operations = Operations(self._tpm)
+        self._filter = sandbox.make_filter()
+        self._children: dict[str, _Child] = {}
+        self._daemon: socket.socket | None = None
+        self._epoll = select.epoll()
+        self._handlers: dict[int, Callable[[], None]] = {}
+        self._requests: dict[str, Callable[[pb.HostRequest, list[int], pb.HostReply], list[int]]] = {
+            "hello": self._hello,
+            "spawn": self._spawn,
+            "attach": self._attach,
+            "kill": self._kill,
+            "quit": self._quit,
+        }
+        self._running = True
+        self._watch(listener.fileno(), self._accept)
+
+    def _watch(self, fd: int, handler: Callable[[], None]) -> None:
+        self._handlers[fd] = handler
+        self._epoll.register(fd, select.EPOLLIN)
+
+    def _unwatch(self, fd: int) -> None:
+        if self._handlers.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
+
+    def run(self) -> None:
+        """Serve until a daemon says Quit."""
+        # What is here now is shared by all workers: keep the collector from touching, and so copying, those pages.
+        gc.collect()
+        gc.freeze()
+        while self._running:
+            for fd, _event in self._epoll.poll(-1, 64):
+                handler = self._handlers.get(fd)
+                if handler is not None:
+                    handler()
+
+    # ---- the daemon ------------------------------------------------------------------------------------------------------
+
+    def _accept(self) -> None:
+        connection, _ = self._listener.accept()
+        # The lock on the state directory makes a second live daemon impossible: a new connection is the successor.
+        if self._daemon is not None:
+            self._drop_daemon()
+        connection.settimeout(5)
+        self._daemon = connection
+        self._watch(connection.fileno(), self._on_daemon)
+
+    def _drop_daemon(self) -> None:
+        if self._daemon is not None:
+            self._unwatch(self._daemon.fileno())
+            self._daemon.close()
+            self._daemon = None
+        if not self._children:
+            # No daemon and nothing to keep alive: the next daemon starts a fresh one.
+            self._running = False
+
+    def _on_daemon(self) -> None:
+        assert self._daemon is not None
+        fds = array.array("i")
+        try:
+            data, ancillary, _flags, _address = self._daemon.recvmsg(
+                MAX_MESSAGE_SIZE, socket.CMSG_LEN(_MAX_DESCRIPTORS * fds.itemsize)
+            )
+        except OSError:
+            data, ancillary = b"", []
+        if not data:
+            self._drop_daemon()
+            return
+        for level, kind, payload in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
+        request = pb.HostRequest.FromString(data)
+        reply = pb.HostReply(id=request.id)
+        out: list[int] = []
+        try:
+            out = self._requests[request.WhichOneof("body") or ""](request, list(fds), reply)
+        except (KeyError, OSError, ValueError) as error:
+            reply = pb.HostReply(id=request.id, error=f"{type(error).__name__}: {error}")
+        finally:
+            for fd in fds:
+                with contextlib.suppress(OSError):
+                    os.close(fd)
+        self._send(reply, out)
+
+    def _send(self, reply: pb.HostReply, fds: list[int] | None = None) -> None:
+        if self._daemon is None:
+            return
+        try:
+            if fds:
+                socket.send_fds(self._daemon, [reply.SerializeToString()], fds)
+            else:
+                self._daemon.sendall(reply.SerializeToString())
+        except OSError:
+            self._drop_daemon()
+
+    def _hello(self, request: pb.HostRequest, _fds: list[int], reply: pb.HostReply) -> list[int]:
+        reply.hello.protocol, reply.hello.version = PROTOCOL, __version__
+        reply.hello.pid, reply.hello.engine_version = os.getpid(), self._tpm.version
+        children = list(self._children.values())
+        for start in range(0, max(len(children), 1), _WORKERS_A_MESSAGE):
+            part = children[start : start + _WORKERS_A_MESSAGE]
+            reply.hello.ClearField("workers")
+            for child in part:
+                reply.hello.workers.add(instance=child.instance, epoch=child.epoch, pid=child.pid)
+            reply.hello.more = start + _WORKERS_A_MESSAGE < len(children)
+            if reply.hello.more:
+                self._send(reply)
+        return []
+
+    def _spawn(self, request: pb.HostRequest, fds: list[int], reply: pb.HostReply) -> list[int]:
+        order = request.spawn
+        if order.instance in self._children:
+            raise ValueError("a worker of this instance is running")
+        if len(fds) != (4 if order.listeners else 2):
+            raise ValueError("wrong number of descriptors")
+        link, worker_end = socket.socketpair()
+        parent = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            self._become_worker(parent, [worker_end.fileno(), *fds[:3]])
+        worker_end.close()
+        control = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, os.dup(fds[3])) if order.listeners else None
+        child = _Child(order.instance, order.epoch, pid, os.pidfd_open(pid), link, control)
+        self._children[order.instance] = child
+        self._watch(child.pidfd, lambda: self._on_exit(child))
+        reply.pid = pid
+        return []
+
+    def _become_worker(self, parent: int, fds: list[int]) -> None:
+        status = 1
+        try:
+            sandbox.die_with_parent(parent)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            host, operations, commits, *listener = (
+                socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd) for fd in sandbox.keep_descriptors(fds)
+            )
+            worker = Worker(
+                self._tpm,
+                self._operations,
+                host=host,
+                operations_socket=operations,
+                commits=commits,
+                listener=listener[0] if listener else None,
+            )
+            sandbox.enter(self._filter, memory_limit=self._memory_limit)
+            worker.run()
+        except BaseException as error:  # noqa: BLE001  # a forked child must never return into the host's loop
+            sys.stderr.write(f"worker start: {type(error).__name__}: {error}\n")
+        finally:
+            os._exit(status)
+
+    def _on_exit(self, child: _Child) -> None:
+        self._unwatch(child.pidfd)
+        os.close(child.pidfd)
+        _, wait_status = os.waitpid(child.pid, 0)
+        child.link.close()
+        if child.control_listener is not None:
+            child.control_listener.close()
+        if self._children.get(child.instance) is child:
+            del self._children[child.instance]
+        exited = pb.WorkerExited(
+            instance=child.instance, epoch=child.epoch, pid=child.pid, status=os.waitstatus_to_exitcode(wait_status)
+        )
+        self._send(pb.HostReply(exited=exited))
+        if self._daemon is None and not self._children:
+            self._running = False
+
+    def _attach(self, request: pb.HostRequest, fds: list[int], reply: pb.HostReply) -> list[int]:
+        child = self._children[request.attach.instance]
+        if len(fds) != 2:
+            raise ValueError("wrong number of descriptors")
+        socket.send_fds(child.link, [b"A"], fds)
+        reply.pid = child.pid
+        return [child.control_listener.fileno()] if child.control_listener is not None else []
+
+    def _kill(self, request: pb.HostRequest, _fds: list[int], reply: pb.HostReply) -> list[int]:
+        child = self._children.get(request.kill.instance)
+        if child is not None:
+            signal.pidfd_send_signal(child.pidfd, signal.SIGKILL)
+        return []
+
+    def _quit(self, request: pb.HostRequest, _fds: list[int], reply: pb.HostReply) -> list[int]:
+        if self._children:
+            raise ValueError("workers are running")
+        self._running = False
+        return []
+
+
+def main(arguments: list[str]) -> int:
+    """Run an engine host on the listening socket given by number: `LISTENER_FD SOCKET_PATH MEMORY_LIMIT`."""
+    listener_fd, path, memory_limit = int(arguments[0]), Path(arguments[1]), int(arguments[2])
+    sandbox.forbid_dumps()
+    # Signals to the daemon's process group are not meant for the VMs' TPMs.
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_IGN)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, listener_fd)
+    _warm_up()
+    try:
+        EngineHost(listener, memory_limit=memory_limit).run()
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+    return 0
+
+
+def _warm_up() -> None:
+    """Touch what workers use, so that they share it instead of each making its own."""
+    import uuid
+
+    from vtpm.seal.envelope import Place, StateKind, seal, unseal
+
+    place = Place(uuid.UUID(int=0), StateKind.PERMANENT, 0, 0)
+    key: Any = os.urandom(32)
+    unseal(key, place, seal(key, place, b"warm"))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,155 @@
+"""The seam: what the instance room asks of a software TPM. libtpms workers and `tpm_server` stand behind it."""
+
+from __future__ import annotations
+
+import socket
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from vtpm.engine.v1 import link_pb2 as pb
+from vtpm.store.model import KeyRecord, ProfileRecord, SealedState, StateCommit
+from vtpm.tpm.pcr import PcrBank, PcrSelection
+
+# Makes state commits durable together; one answer each, empty or the reason of the refusal (vtpm.store.Store.commit).
+CommitFunction = Callable[[Sequence[StateCommit]], list[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineCapabilities:
+    """What an engine can do; `available` says whether it can serve on this host."""
+
+    name: str
+    version: str
+    hibernation: bool
+    available: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Manufactured:
+    """A new TPM: its permanent state, sealed for epoch 0 and version 1, and the keys made in it."""
+
+    sealed: bytes
+    keys: tuple[KeyRecord, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PowerOn:
+    """What an engine needs to run an instance. `data_key` opens `state` and seals what follows it, under `epoch`."""
+
+    instance: uuid.UUID
+    epoch: int
+    state: SealedState
+    data_key: bytes
+    startup_clear: bool
+    listeners: Listeners | None
+
+
+@dataclass(frozen=True, slots=True)
+class Listeners:
+    """The VM's listening sockets: `data` goes to the engine, `control` is kept for a daemon to come."""
+
+    data: socket.socket
+    control: socket.socket
+
+
+@dataclass(frozen=True, slots=True)
+class Adopted:
+    """A TPM that ran on while there was no daemon; `control` is its control listener."""
+
+    instance: uuid.UUID
+    epoch: int
+    tpm: RunningTpm
+    control: socket.socket | None
+
+
+@dataclass(frozen=True, slots=True)
+class PcrValue:
+    """One PCR of one bank; `digest` has the bank's digest size in bytes."""
+
+    bank: PcrBank
+    index: int
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PcrValues:
+    """PCR values read in one go, with the TPM's PCR update counter."""
+
+    values: tuple[PcrValue, ...]
+    update_counter: int
+
+
+@dataclass(frozen=True, slots=True)
+class Quoted:
+    """TPMS_ATTEST, TPMT_SIGNATURE, and the PCR values that were signed."""
+
+    attest: bytes
+    signature: bytes
+    values: tuple[PcrValue, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """Why a TPM is gone that was not told to stop; for InstanceRecord.failure."""
+
+    reason: str
+    message: str
+    remedy: str
+
+
+class RunningTpm(Protocol):
+    """A powered-on TPM. Every method raises EngineError when the TPM is gone and TpmError when it refuses."""
+
+    async def execute(self, command: bytes, locality: int) -> bytes:
+        """Run one raw command; a TPM_RC other than success is in the response."""
+
+    async def read_pcrs(self, selections: Sequence[PcrSelection]) -> PcrValues:
+        """Read PCRs; an empty selection reads all of every allocated bank."""
+
+    async def quote(self, selections: Sequence[PcrSelection], nonce: bytes) -> Quoted:
+        """Sign PCRs and `nonce` (at most 64 bytes) with the AK."""
+
+    async def measure(self, pcr: int, data: bytes, event_type: int, event_data: bytes) -> tuple[PcrValue, ...]:
+        """Extend `pcr` with the digests of `data`, record the event, return the new values."""
+
+    async def event_log(self) -> bytes:
+        """Return what `measure` recorded since the last reset, as a crypto-agile event log."""
+
+    async def reset(self, *, startup_clear: bool) -> None:
+        """_TPM_Init: volatile state is dropped."""
+
+    async def set_locality(self, locality: int) -> None:
+        """Set the locality of the VM's data channel."""
+
+    async def status(self) -> pb.Status:
+        """Return and clear the command counts."""
+
+    async def stop(self) -> None:
+        """Power off; returns when the TPM is gone."""
+
+
+class Engine(Protocol):
+    """Makes and runs TPMs. `on_loss` is called on the loop with (instance, epoch, loss) when one dies unasked."""
+
+    @property
+    def capabilities(self) -> EngineCapabilities:
+        """What this engine can do."""
+
+    async def start(self, on_loss: Callable[[uuid.UUID, int, Loss], None]) -> list[Adopted]:
+        """Begin; return the TPMs that ran on without a daemon."""
+
+    async def manufacture(self, instance: uuid.UUID, profile: ProfileRecord, data_key: bytes) -> Manufactured:
+        """Make a new TPM and return it sealed; nothing of it runs on."""
+
+    async def power_on(self, order: PowerOn) -> RunningTpm:
+        """Run a TPM from its sealed state.
+
+        Raises:
+            SealedStateError: the state can't be opened; nothing was made in its place.
+            EngineError: the engine failed.
+        """
+
+    async def close(self) -> None:
+        """Let go: what runs, runs on."""

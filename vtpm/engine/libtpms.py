@@ -1,0 +1,216 @@
+"""libtpms bound with cffi: the software TPM of this process (`man 3 TPMLIB_Process`).
+
+libtpms keeps its TPM in global variables, so there is one per process, and this module's state is global with it. All FFI of the
+engine is in this file. Memory: buffers that libtpms allocates come from its TPM_Malloc and go back through TPM_Free.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import cffi
+
+from vtpm.errors import EngineError
+from vtpm.tpm.command import MAX_COMMAND_SIZE
+
+_ffi: Final[Any] = cffi.FFI()
+_ffi.cdef("""
+typedef uint32_t TPM_RESULT;
+struct libtpms_callbacks {
+    int sizeOfStruct;
+    TPM_RESULT (*tpm_nvram_init)(void);
+    TPM_RESULT (*tpm_nvram_loaddata)(unsigned char **data, uint32_t *length, uint32_t tpm_number, const char *name);
+    TPM_RESULT (*tpm_nvram_storedata)(const unsigned char *data, uint32_t length, uint32_t tpm_number, const char *name);
+    TPM_RESULT (*tpm_nvram_deletename)(uint32_t tpm_number, const char *name, unsigned char mustExist);
+    TPM_RESULT (*tpm_io_init)(void);
+    TPM_RESULT (*tpm_io_getlocality)(uint32_t *localityModifer, uint32_t tpm_number);
+    TPM_RESULT (*tpm_io_getphysicalpresence)(unsigned char *physicalPresence, uint32_t tpm_number);
+};
+uint32_t TPMLIB_GetVersion(void);
+TPM_RESULT TPMLIB_ChooseTPMVersion(int ver);
+TPM_RESULT TPMLIB_RegisterCallbacks(struct libtpms_callbacks *);
+TPM_RESULT TPMLIB_MainInit(void);
+void TPMLIB_Terminate(void);
+TPM_RESULT TPMLIB_Process(unsigned char **respbuffer, uint32_t *resp_size, uint32_t *respbufsize,
+                          unsigned char *command, uint32_t command_size);
+TPM_RESULT TPMLIB_VolatileAll_Store(unsigned char **buffer, uint32_t *buflen);
+TPM_RESULT TPM_Malloc(unsigned char **buffer, uint32_t size);
+void TPM_Free(unsigned char *buffer);
+""")
+
+_TPM_SUCCESS: Final = 0
+_TPM_FAIL: Final = 9
+_TPM_RETRY: Final = 0x800
+_TPM_VERSION_2: Final = 1
+_PERMANENT: Final = b"permall"
+_VOLATILE: Final = b"volatilestate"
+_MAX_STATE_SIZE: Final = 4 << 20
+
+
+class Libtpms:
+    """The TPM of this process. Make one; `power_on` before `process`.
+
+    `permanent` holds the permanent state as libtpms last stored it; `dirty` says that it changed since the owner of this object last
+    cleared the flag. `locality` is reported to the TPM with each command.
+    """
+
+    def __init__(self, library: str = "libtpms.so.0") -> None:
+        try:
+            self._lib: Any = _ffi.dlopen(library)
+        except OSError as error:
+            raise EngineError(
+                "LIBTPMS_MISSING", f"the software TPM library {library} can't be loaded", remedy="apt-get install libtpms0"
+            ) from error
+        self.locality = 0
+        self.permanent: bytes | None = None
+        self.dirty = False
+        self._volatile: bytes | None = None
+        self._manufacturing = False
+        self._on = False
+        self._response = _ffi.new("unsigned char **")
+        self._response_size = _ffi.new("uint32_t *")
+        self._buffer_size = _ffi.new("uint32_t *")
+        # One command buffer for the life of the process: a guest's command is received straight into it.
+        self.command = bytearray(MAX_COMMAND_SIZE)
+        self._command: Any = _ffi.from_buffer(self.command)
+        self._register()
+
+    @property
+    def version(self) -> str:
+        """libtpms' version, such as `0.9.2`."""
+        number = int(self._lib.TPMLIB_GetVersion())
+        return f"{number >> 16}.{number >> 8 & 0xFF}.{number & 0xFF}"
+
+    def _register(self) -> None:
+        signatures = _ffi.typeof("struct libtpms_callbacks").fields
+        handlers = {name: getattr(self, f"_{name}") for name, _ in signatures if name != "sizeOfStruct"}
+        # An exception in a handler must never look like "no state yet": libtpms would manufacture a fresh TPM (invariant 7).
+        self._callbacks = {
+            name: _ffi.callback(field.type, handlers[name], error=_TPM_FAIL)
+            for name, field in signatures
+            if name != "sizeOfStruct"
+        }
+        table = _ffi.new("struct libtpms_callbacks *", {"sizeOfStruct": _ffi.sizeof("struct libtpms_callbacks")})
+        for name, callback in self._callbacks.items():
+            setattr(table, name, callback)
+        self._table = table
+        self._check(self._lib.TPMLIB_ChooseTPMVersion(_TPM_VERSION_2), "TPMLIB_ChooseTPMVersion")
+        self._check(self._lib.TPMLIB_RegisterCallbacks(table), "TPMLIB_RegisterCallbacks")
+
+    @staticmethod
+    def _check(result: int, function: str) -> None:
+        if result != _TPM_SUCCESS:
+            raise EngineError("LIBTPMS_FAILED", f"{function} failed with TPM_RESULT 0x{result:x}")
+
+    # ---- callbacks; the data pointers are libtpms' and valid during the call only ----------------------------------------
+
+    def _tpm_nvram_init(self) -> int:
+        return _TPM_SUCCESS
+
+    def _tpm_io_init(self) -> int:
+        return _TPM_SUCCESS
+
+    def _tpm_nvram_loaddata(self, data: Any, length: Any, _number: int, name: Any) -> int:
+        match _ffi.string(name):
+            case bytes(key) if key == _PERMANENT:
+                if self.permanent is None:
+                    # The one place where "no state yet" is the truth: a manufacture that was asked for (invariant 7).
+                    return _TPM_RETRY if self._manufacturing else _TPM_FAIL
+                state = self.permanent
+            case bytes(key) if key == _VOLATILE:
+                if self._volatile is None:
+                    return _TPM_RETRY
+                state = self._volatile
+            case _:
+                return _TPM_RETRY
+        # libtpms frees this buffer itself, so it has to come from its own allocator.
+        if self._lib.TPM_Malloc(data, len(state)) != _TPM_SUCCESS:
+            return _TPM_FAIL
+        _ffi.memmove(data[0], state, len(state))
+        length[0] = len(state)
+        return _TPM_SUCCESS
+
+    def _tpm_nvram_storedata(self, data: Any, length: int, _number: int, name: Any) -> int:
+        if _ffi.string(name) == _PERMANENT:
+            if length > _MAX_STATE_SIZE:
+                return _TPM_FAIL
+            self.permanent = bytes(_ffi.buffer(data, length))
+            self.dirty = True
+        return _TPM_SUCCESS
+
+    def _tpm_nvram_deletename(self, _number: int, name: Any, _must_exist: int) -> int:
+        # The permanent state goes only with its instance.
+        return _TPM_FAIL if _ffi.string(name) == _PERMANENT else _TPM_SUCCESS
+
+    def _tpm_io_getlocality(self, locality: Any, _number: int) -> int:
+        locality[0] = self.locality
+        return _TPM_SUCCESS
+
+    def _tpm_io_getphysicalpresence(self, presence: Any, _number: int) -> int:
+        presence[0] = 0
+        return _TPM_SUCCESS
+
+    # ---- life ------------------------------------------------------------------------------------------------------------
+
+    def manufacture(self) -> None:
+        """Make a fresh TPM with seeds of its own making and power it on (TPM_Manufacture, _TPM_Init).
+
+        Raises:
+            EngineError: this process already has a TPM, or libtpms failed.
+        """
+        if self.permanent is not None or self._on:
+            raise EngineError("TPM_EXISTS", "this process already has a TPM")
+        self._manufacturing = True
+        try:
+            self._check(self._lib.TPMLIB_MainInit(), "TPMLIB_MainInit")
+        finally:
+            self._manufacturing = False
+        if self.permanent is None:
+            raise EngineError("MANUFACTURE_INCOMPLETE", "libtpms made a TPM but stored no state")
+        self._on = True
+
+    def power_on(self, permanent: bytes, volatile: bytes | None = None) -> None:
+        """Power on (_TPM_Init) with the given permanent state, going on from `volatile` if given.
+
+        Raises:
+            EngineError: libtpms refuses the state; nothing was made in its place.
+        """
+        if self._on:
+            self.power_off()
+        self.permanent, self._volatile = permanent, volatile
+        try:
+            self._check(self._lib.TPMLIB_MainInit(), "TPMLIB_MainInit")
+        finally:
+            self._volatile = None
+        self._on = True
+
+    def power_off(self) -> None:
+        """Drop volatile state; the permanent state stays in `permanent`."""
+        if self._on:
+            self._lib.TPMLIB_Terminate()
+            self._on = False
+
+    def process_in_place(self, size: int) -> Any:
+        """Run the `size` bytes in `command`; return the response as a buffer that is valid until the next call."""
+        result = self._lib.TPMLIB_Process(self._response, self._response_size, self._buffer_size, self._command, size)
+        if result != _TPM_SUCCESS:
+            self._check(result, "TPMLIB_Process")
+        return _ffi.buffer(self._response[0], self._response_size[0])
+
+    def process(self, command: bytes) -> bytes:
+        """Run one command of at most 4096 bytes; return the response.
+
+        Raises:
+            EngineError: libtpms itself failed; a TPM_RC other than success is in the response.
+        """
+        self.command[: len(command)] = command
+        return bytes(self.process_in_place(len(command)))
+
+    def volatile(self) -> bytes:
+        """Return the volatile state: PCRs, sessions, transient objects, clock (TPMLIB_VolatileAll_Store)."""
+        buffer, size = _ffi.new("unsigned char **"), _ffi.new("uint32_t *")
+        self._check(self._lib.TPMLIB_VolatileAll_Store(buffer, size), "TPMLIB_VolatileAll_Store")
+        try:
+            return bytes(_ffi.buffer(buffer[0], size[0]))
+        finally:
+            self._lib.TPM_Free(buffer[0])

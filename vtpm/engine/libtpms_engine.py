@@ -1,0 +1,253 @@
+"""The libtpms engine: a worker process for each running instance, forked by the engine host."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import signal
+import socket
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+from vtpm.engine.committer import Committer
+from vtpm.engine.host import PROTOCOL
+from vtpm.engine.interface import Adopted, EngineCapabilities, Loss, Manufactured, PowerOn
+from vtpm.engine.link import HostLink, WorkerLink
+from vtpm.engine.v1 import link_pb2 as pb
+from vtpm.engine.worker import EXIT_COMMIT_REFUSED, EXIT_COMMIT_TIMEOUT, EXIT_STOPPED
+from vtpm.errors import EngineError, VtpmError
+from vtpm.store.model import KeyRecord, ProfileRecord
+
+log: Final = structlog.get_logger("vtpm.engine")
+
+ENGINE_NAME: Final = "libtpms"
+_RESET: Final = "reset the instance together with its VM: vtpm instance reset {}"
+
+
+class LibtpmsEngine:
+    """Implements vtpm.engine.interface.Engine. `memory_limit` in bytes bounds each worker's data segment."""
+
+    def __init__(
+        self, runtime_dir: Path, committer: Committer, *, memory_limit: int, commit_timeout_s: float, command_timeout_s: float
+    ) -> None:
+        self._socket_path = runtime_dir / "engine.sock"
+        self._log_path = runtime_dir / "engine-host.log"
+        self._committer = committer
+        self._memory_limit = memory_limit
+        self._commit_timeout_s = commit_timeout_s
+        self._command_timeout_s = command_timeout_s
+        self._host: HostLink | None = None
+        self._connecting = asyncio.Lock()
+        self._on_loss: Callable[[uuid.UUID, int, Loss], None] = lambda _instance, _epoch, _loss: None
+        self._links: dict[tuple[str, int], WorkerLink] = {}
+        self._stopping: set[tuple[str, int]] = set()
+        self._exits: dict[tuple[str, int], asyncio.Future[int]] = {}
+        self._version = ""
+        self.host_pid = 0
+
+    @property
+    def capabilities(self) -> EngineCapabilities:
+        """See Engine."""
+        return EngineCapabilities(ENGINE_NAME, self._version, hibernation=True, available=self._host is not None)
+
+    # ---- the engine host -------------------------------------------------------------------------------------------------
+
+    async def start(self, on_loss: Callable[[uuid.UUID, int, Loss], None]) -> list[Adopted]:
+        """See Engine."""
+        self._on_loss = on_loss
+        adopted = []
+        for worker in await self._connect():
+            try:
+                adopted.append(await self._adopt(worker))
+            except VtpmError as error:
+                log.error("engine.adopt_failed", instance=worker.instance, reason=error.reason)
+        return adopted
+
+    async def _connect(self) -> list[pb.RunningWorker]:
+        self._host = await HostLink.connect(
+            self._socket_path,
+            memory_limit=self._memory_limit,
+            log_path=self._log_path,
+            on_exit=self._on_exit,
+            on_lost=self._on_host_lost,
+        )
+        replies = await self._host.request(pb.HostRequest(hello=pb.Hello()))
+        hello = replies[0][0].hello
+        if hello.protocol != PROTOCOL:
+            raise EngineError(
+                "ENGINE_HOST_INCOMPATIBLE",
+                f"the running engine host (version {hello.version}) speaks protocol {hello.protocol}, this daemon {PROTOCOL}",
+                remedy="stop all instances with the daemon of that version, then start this one",
+            )
+        self._version, self.host_pid = hello.engine_version, hello.pid
+        log.info("engine.host_connected", pid=hello.pid, workers=sum(len(reply.hello.workers) for reply, _ in replies))
+        return [worker for reply, _ in replies for worker in reply.hello.workers]
+
+    async def _live_host(self) -> HostLink:
+        async with self._connecting:
+            if self._host is None:
+                await self._connect()
+            assert self._host is not None
+            return self._host
+
+    def _on_host_lost(self) -> None:
+        log.error("engine.host_lost", pid=self.host_pid)
+        self._host = None
+        for waiter in self._exits.values():
+            if not waiter.done():
+                waiter.set_result(-signal.SIGKILL)
+        self._exits.clear()
+        # Workers die with their host (PDEATHSIG), and their volatile state with them.
+        for instance, epoch in list(self._links):
+            self._report(instance, epoch, "ENGINE_HOST_LOST", "the engine host died; the TPM's volatile state is lost")
+
+    def _on_exit(self, exited: pb.WorkerExited) -> None:
+        key = (exited.instance, exited.epoch)
+        waiter = self._exits.pop(key, None)
+        if waiter is not None and not waiter.done():
+            waiter.set_result(exited.status)
+        if key not in self._links:
+            return
+        match exited.status:
+            case _ if key in self._stopping:
+                self._forget(key)
+            case status if status == EXIT_COMMIT_REFUSED:
+                self._report(*key, "COMMIT_REFUSED", "another owner has taken the instance, or its row was changed", "see the log")
+            case status if status == EXIT_COMMIT_TIMEOUT:
+                trouble = self._committer.trouble
+                reason = trouble.reason if trouble else "COMMIT_TIMEOUT"
+                remedy = f"{trouble.remedy}; then " if trouble else ""
+                text = f"sealed state could not be made durable within {self._commit_timeout_s:g} s"
+                self._report(*key, reason, text, remedy + _RESET.format(exited.instance))
+            case status:
+                how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+                self._report(*key, "WORKER_LOST", f"the worker ended with {how}; the TPM's volatile state is lost")
+
+    def _report(self, instance: str, epoch: int, reason: str, message: str, remedy: str = "") -> None:
+        self._forget((instance, epoch))
+        self._on_loss(uuid.UUID(instance), epoch, Loss(reason, message, remedy or _RESET.format(instance)))
+
+    def _forget(self, key: tuple[str, int]) -> None:
+        self._stopping.discard(key)
+        link = self._links.pop(key, None)
+        if link is not None:
+            link.close()
+
+    # ---- workers ---------------------------------------------------------------------------------------------------------
+
+    async def _adopt(self, worker: pb.RunningWorker) -> Adopted:
+        instance = uuid.UUID(worker.instance)
+        host = await self._live_host()
+        with _SocketPairs() as pairs:
+            replies = await host.request(pb.HostRequest(attach=pb.Attach(instance=worker.instance)), pairs.worker_ends)
+            fds = replies[-1][1]
+            control = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fds[0]) if fds else None
+            self._committer.add(instance, worker.epoch, pairs.commits)
+            link = await WorkerLink.open(instance, pairs.operations)
+        self._hold(link, (worker.instance, worker.epoch))
+        return Adopted(instance, worker.epoch, link, control)
+
+    def _hold(self, link: WorkerLink, key: tuple[str, int]) -> None:
+        self._links[key] = link
+        link.stopper = functools.partial(self._stop_worker, link, key)
+
+    async def _spawn(self, name: str, instance: uuid.UUID, epoch: int, listeners: list[socket.socket]) -> WorkerLink:
+        host = await self._live_host()
+        with _SocketPairs() as pairs:
+            order = pb.Spawn(instance=name, epoch=epoch, listeners=bool(listeners))
+            fds = [*pairs.worker_ends, *(listener.fileno() for listener in listeners)]
+            await host.request(pb.HostRequest(spawn=order), fds)
+            self._committer.add(instance, epoch, pairs.commits)
+            return await WorkerLink.open(instance, pairs.operations)
+
+    async def manufacture(self, instance: uuid.UUID, profile: ProfileRecord, data_key: bytes) -> Manufactured:
+        """See Engine."""
+        # Under a name of its own: the instance may be started while this worker is still on its way out.
+        link = await self._spawn(f"{instance}/manufacture", instance, 0, [])
+        try:
+            order = pb.Manufacture(
+                data_key=data_key,
+                instance=instance.bytes,
+                ek_algorithms=profile.ek_algorithms,
+                ak_algorithm=profile.ak_algorithm,
+                pcr_banks=profile.pcr_banks,
+            )
+            made = (await link.request(pb.WorkerRequest(manufacture=order))).manufactured
+        finally:
+            await link.stop()
+        keys = tuple(KeyRecord(key.role, key.algorithm, key.handle, key.tpmt_public) for key in made.keys)
+        return Manufactured(made.sealed, keys)
+
+    async def power_on(self, order: PowerOn) -> WorkerLink:
+        """See Engine."""
+        key = (str(order.instance), order.epoch)
+        listeners = [order.listeners.data, order.listeners.control] if order.listeners else []
+        link = await self._spawn(key[0], order.instance, order.epoch, listeners)
+        self._hold(link, key)
+        load = pb.Load(
+            data_key=order.data_key,
+            place=pb.Place(instance=order.instance.bytes, epoch=order.state.epoch, version=order.state.version),
+            sealed=order.state.blob,
+            epoch=order.epoch,
+            startup_clear=order.startup_clear,
+            commit_timeout_ms=int(self._commit_timeout_s * 1000),
+        )
+        try:
+            await link.request(pb.WorkerRequest(load=load))
+        except BaseException:
+            await link.stop()
+            raise
+        return link
+
+    async def _stop_worker(self, link: WorkerLink, key: tuple[str, int]) -> None:
+        """Stop a worker: ask it, then kill it; return when it is gone."""
+        if key not in self._links:
+            return
+        self._stopping.add(key)
+        exited = self._exits.setdefault(key, asyncio.get_running_loop().create_future())
+        try:
+            await asyncio.wait_for(link.ask_to_stop(), self._command_timeout_s)
+        except TimeoutError:
+            log.warning("engine.worker_killed", instance=key[0], epoch=key[1])
+            host = await self._live_host()
+            await host.request(pb.HostRequest(kill=pb.Kill(instance=key[0])))
+        status = await exited
+        if status not in (EXIT_STOPPED, -signal.SIGKILL):
+            log.warning("engine.worker_ended", instance=key[0], epoch=key[1], status=status)
+
+    async def close(self) -> None:
+        """See Engine."""
+        for link in self._links.values():
+            link.close()
+        self._links.clear()
+        if self._host is not None:
+            self._host.close()
+            self._host = None
+
+
+class _SocketPairs:
+    """Two socket pairs for one worker; what was not taken over is closed on exit."""
+
+    def __init__(self) -> None:
+        self.operations, self._operations_end = socket.socketpair()
+        self.commits, self._commits_end = socket.socketpair()
+
+    @property
+    def worker_ends(self) -> list[int]:
+        return [self._operations_end.fileno(), self._commits_end.fileno()]
+
+    def __enter__(self) -> _SocketPairs:
+        return self
+
+    def __exit__(self, kind: object, value: object, traceback: object) -> None:
+        self._operations_end.close()
+        self._commits_end.close()
+        if kind is not None:
+            with contextlib.suppress(OSError):
+                self.operations.close()
+                self.commits.close()

@@ -1,0 +1,202 @@
+"""The service's own TPM operations, through ESAPI, run between two guest commands.
+
+Invariant 5: they use persistent keys and password sessions and leave no transient object, session or changed auth behind. The AK
+lives in the platform hierarchy, so that they still work after TPM2_Clear or changed owner and endorsement auths.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from tpm2_pytss import ESAPI
+from tpm2_pytss.constants import ESYS_TR, TPM2_CAP, TPM2_SU
+from tpm2_pytss.TSS2_Exception import TSS2_Exception
+from tpm2_pytss.types import (
+    TPM2B_DATA,
+    TPM2B_PUBLIC,
+    TPM2B_SENSITIVE_CREATE,
+    TPML_DIGEST_VALUES,
+    TPML_PCR_SELECTION,
+    TPMT_HA,
+    TPMT_PUBLIC,
+)
+
+from vtpm.engine.libtpms import Libtpms
+from vtpm.engine.tcti import InProcessTcti
+from vtpm.errors import EngineError, TpmError
+from vtpm.tpm.codes import response_code_name
+from vtpm.tpm.keys import AK_HANDLE, KeyAlgorithm, ak_template, ek_handle, ek_template
+from vtpm.tpm.pcr import PcrBank, PcrSelection, marshal_selections
+
+_TPM_LAYER_MASK = 0xFFFF0000
+_RC_INITIALIZE = 0x100
+_RC_HANDLE = 0x8B
+_RC_HIERARCHY = 0x85
+_REMEDIES = {
+    _RC_INITIALIZE: "the guest's firmware has not started the TPM; reset the instance with startup CLEAR to use it without firmware",
+    _RC_HANDLE: "the guest's firmware has removed the AK with platform authorization; create a new instance",
+    _RC_HIERARCHY: "the guest's firmware has disabled the platform hierarchy; it is back after a reset",
+}
+
+
+@contextmanager
+def _tpm_errors(operation: str) -> Iterator[None]:
+    try:
+        yield
+    except TSS2_Exception as error:
+        if error.rc & _TPM_LAYER_MASK:
+            raise EngineError("TSS_FAILED", f"{operation}: the TSS failed with 0x{error.rc:08x}") from None
+        name = response_code_name(error.rc)
+        code = error.rc & 0xBF if error.rc & 0x80 else error.rc
+        raise TpmError(error.rc, name, f"{operation}: the TPM answered {name}", remedy=_REMEDIES.get(code, "")) from None
+
+
+@dataclass(frozen=True, slots=True)
+class ManufacturedKey:
+    """A persistent key that manufacture made; `tpmt_public` as the TPM marshals it."""
+
+    role: str
+    algorithm: KeyAlgorithm
+    handle: int
+    tpmt_public: bytes
+
+
+class Operations:
+    """ESAPI over the TPM of this process. One object serves every TPM that the process ever has."""
+
+    def __init__(self, tpm: Libtpms) -> None:
+        self._tpm = tpm
+        self._tcti = InProcessTcti(tpm)
+        self._esapi: Any = ESAPI(self._tcti)
+        self._ak: Any = None
+        self._banks: tuple[PcrBank, ...] | None = None
+
+    def forget(self) -> None:
+        """Forget what was read from the TPM; after each power on."""
+        self._banks = None
+        if self._ak is not None:
+            self._esapi.tr_close(self._ak)
+            self._ak = None
+
+    def startup_clear(self) -> None:
+        """TPM2_Startup(TPM_SU_CLEAR)."""
+        with _tpm_errors("TPM2_Startup"):
+            self._esapi.startup(TPM2_SU.CLEAR)
+
+    def shutdown_clear(self) -> None:
+        """TPM2_Shutdown(TPM_SU_CLEAR)."""
+        with _tpm_errors("TPM2_Shutdown"):
+            self._esapi.shutdown(TPM2_SU.CLEAR)
+
+    def banks(self) -> tuple[PcrBank, ...]:
+        """Return the allocated PCR banks (TPM2_GetCapability, TPM_CAP_PCRS)."""
+        if self._banks is None:
+            with _tpm_errors("TPM2_GetCapability"):
+                _, capability = self._esapi.get_capability(TPM2_CAP.PCRS, 0, 16)
+            known = {bank.alg_id: bank for bank in PcrBank}
+            self._banks = tuple(
+                known[int(selection.hash)]
+                for selection in capability.data.assignedPCR
+                if any(bytes(selection.pcrSelect)) and int(selection.hash) in known
+            )
+        return self._banks
+
+    def read_pcrs(self, selections: Sequence[PcrSelection]) -> tuple[int, list[tuple[PcrBank, int, bytes]]]:
+        """Return the PCR update counter and the selected values, in the order of the selection (TPM2_PCR_Read)."""
+        wanted = list(selections) or [PcrSelection(bank, tuple(range(24))) for bank in self.banks()]
+        values: list[tuple[PcrBank, int, bytes]] = []
+        counter = 0
+        for selection in wanted:
+            # TPM2_PCR_Read gives at most eight digests a call.
+            for start in range(0, len(selection.indices), 8):
+                indices = tuple(sorted(selection.indices))[start : start + 8]
+                with _tpm_errors("TPM2_PCR_Read"):
+                    counter, _, digests = self._esapi.pcr_read(_pcr_selection((PcrSelection(selection.bank, indices),)))
+                if len(digests) != len(indices):
+                    raise EngineError("PCR_BANK_NOT_ALLOCATED", f"the {selection.bank.hash_name} bank is not allocated")
+                values.extend((selection.bank, index, bytes(digest)) for index, digest in zip(indices, digests, strict=True))
+        return int(counter), values
+
+    def quote(self, selections: Sequence[PcrSelection], nonce: bytes) -> tuple[bytes, bytes]:
+        """Return TPMS_ATTEST and TPMT_SIGNATURE by the AK (TPM2_Quote; TPM 2.0 Library, Part 3, 18.4)."""
+        with _tpm_errors("TPM2_Quote"):
+            if self._ak is None:
+                self._ak = self._esapi.tr_from_tpmpublic(AK_HANDLE)
+            attest, signature = self._esapi.quote(self._ak, _pcr_selection(selections), TPM2B_DATA(nonce))
+            return bytes(attest.attestationData), signature.marshal()
+
+    def extend(self, pcr: int, data: bytes) -> dict[PcrBank, bytes]:
+        """Extend `pcr` with the digest of `data` in every allocated bank (TPM2_PCR_Extend); return the digests."""
+        digests = {bank: hashlib.new(bank.hash_name, data).digest() for bank in self.banks()}
+        values = TPML_DIGEST_VALUES([TPMT_HA.unmarshal(bank.alg_id.to_bytes(2, "big") + d)[0] for bank, d in digests.items()])
+        with _tpm_errors("TPM2_PCR_Extend"):
+            self._esapi.pcr_extend(ESYS_TR(pcr), values)
+        return digests
+
+    # ---- manufacture -----------------------------------------------------------------------------------------------------
+
+    def allocate_banks(self, banks: Sequence[PcrBank]) -> None:
+        """Allocate exactly `banks`; in force after the next _TPM_Init (TPM2_PCR_Allocate)."""
+        selection = TPML_PCR_SELECTION.unmarshal(
+            marshal_selections([PcrSelection(bank, tuple(range(24)) if bank in banks else ()) for bank in PcrBank])
+        )[0]
+        with _tpm_errors("TPM2_PCR_Allocate"):
+            done, *_ = self._esapi.pcr_allocate(selection)
+        if not done:
+            raise EngineError("PCR_ALLOCATE_REFUSED", "the TPM can't allocate these PCR banks")
+
+    def make_keys(self, ek_algorithms: Sequence[KeyAlgorithm], ak_algorithm: KeyAlgorithm) -> list[ManufacturedKey]:
+        """Make EKs and the AK as primary keys and persist them; nothing transient is left."""
+        keys = [
+            self._make_primary("EK", algorithm, ESYS_TR.ENDORSEMENT, ESYS_TR.OWNER, ek_template(algorithm), ek_handle(algorithm))
+            for algorithm in ek_algorithms
+        ]
+        # In the platform hierarchy the AK outlives TPM2_Clear, and only platform auth, which firmware randomises, evicts it.
+        keys.append(
+            self._make_primary("AK", ak_algorithm, ESYS_TR.PLATFORM, ESYS_TR.PLATFORM, ak_template(ak_algorithm), AK_HANDLE)
+        )
+        return keys
+
+    def _make_primary(
+        self, role: str, algorithm: KeyAlgorithm, hierarchy: int, evict_auth: int, template: bytes, handle: int
+    ) -> ManufacturedKey:
+        public = TPM2B_PUBLIC(TPMT_PUBLIC.unmarshal(template)[0])
+        with _tpm_errors("TPM2_CreatePrimary"):
+            transient, made, *_ = self._esapi.create_primary(TPM2B_SENSITIVE_CREATE(), public, hierarchy)
+        with _tpm_errors("TPM2_EvictControl"):
+            persistent = self._esapi.evict_control(evict_auth, transient, handle)
+            self._esapi.tr_close(persistent)
+            self._esapi.flush_context(transient)
+        return ManufacturedKey(role, algorithm, handle, made.publicArea.marshal())
+
+
+def _pcr_selection(selections: Sequence[PcrSelection]) -> Any:
+    return TPML_PCR_SELECTION.unmarshal(marshal_selections(selections))[0]
+
+
+def manufacture(
+    tpm: Libtpms,
+    operations: Operations,
+    ek_algorithms: Sequence[KeyAlgorithm],
+    ak_algorithm: KeyAlgorithm,
+    banks: Sequence[PcrBank],
+) -> list[ManufacturedKey]:
+    """Make a new TPM in `tpm`: seeds by the TPM itself, PCR banks, EKs, AK; leave it powered off, its state in `tpm.permanent`."""
+    tpm.manufacture()
+    operations.forget()
+    operations.startup_clear()
+    if set(operations.banks()) != set(banks):
+        operations.allocate_banks(banks)
+        operations.shutdown_clear()
+        assert tpm.permanent is not None
+        tpm.power_on(tpm.permanent)
+        operations.forget()
+        operations.startup_clear()
+    keys = operations.make_keys(ek_algorithms, ak_algorithm)
+    operations.shutdown_clear()
+    tpm.power_off()
+    return keys

@@ -1,0 +1,141 @@
+"""The wall around a worker: what the process may do once it holds a TPM.
+
+Default-deny system call filter, no new privileges, not dumpable (no core, no ptrace, no /proc/PID/mem by others), resource limits,
+closed descriptors, and death with the engine host. Invariant 4: nothing of the worker's memory reaches a disk.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import resource
+import signal
+from typing import Any, Final
+
+import pyseccomp
+
+from vtpm.errors import EngineError
+
+_PR_SET_PDEATHSIG: Final = 1
+_PR_SET_DUMPABLE: Final = 4
+_PR_SET_NO_NEW_PRIVS: Final = 38
+_FIONBIO: Final = 0x5421
+_PROT_EXEC: Final = 4
+
+# What CPython, libtpms and OpenSSL were seen to need after start-up, and no more. No open, no socket, no connect, no exec, no fork.
+_ALLOWED: Final = (
+    "accept4",
+    "brk",
+    "clock_getres",
+    "clock_gettime",
+    "clock_nanosleep",
+    "close",
+    "epoll_ctl",
+    "epoll_pwait",
+    "epoll_wait",
+    "exit",
+    "exit_group",
+    "fcntl",
+    "fstat",
+    "futex",
+    "getpid",
+    "getrandom",
+    "getsockname",
+    "getsockopt",
+    "gettid",
+    "gettimeofday",
+    "getuid",
+    "geteuid",
+    "getgid",
+    "getegid",
+    "lseek",
+    "madvise",
+    "mremap",
+    "munmap",
+    "newfstatat",
+    "poll",
+    "ppoll",
+    "read",
+    "recvfrom",
+    "recvmsg",
+    "restart_syscall",
+    "rt_sigprocmask",
+    "rt_sigreturn",
+    "sched_yield",
+    "sendmsg",
+    "sendto",
+    "sigaltstack",
+    "time",
+    "write",
+)
+# Asked for in passing by libraries; answered with an error instead of death.
+_DENIED_SOFTLY: Final = ("openat", "open", "access", "readlink", "socket", "sysinfo", "prlimit64", "uname", "rt_sigaction", "mbind")
+
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+
+
+def make_filter() -> Any:
+    """Build the system call filter; once, in the engine host, for all workers to come.
+
+    Raises:
+        EngineError: libseccomp is not installed.
+    """
+    rules = pyseccomp.SyscallFilter(defaction=pyseccomp.KILL_PROCESS)
+    for name in _ALLOWED:
+        _add(rules, pyseccomp.ALLOW, name)
+    for name in _DENIED_SOFTLY:
+        _add(rules, pyseccomp.ERRNO(errno.EACCES), name)
+    # Memory may be mapped and changed, but never made executable.
+    for name in ("mmap", "mprotect"):
+        rules.add_rule(pyseccomp.ALLOW, name, pyseccomp.Arg(2, pyseccomp.MASKED_EQ, _PROT_EXEC, 0))
+    rules.add_rule(pyseccomp.ALLOW, "ioctl", pyseccomp.Arg(1, pyseccomp.EQ, _FIONBIO))
+    return rules
+
+
+def _add(rules: Any, action: Any, name: str) -> None:
+    try:
+        rules.add_rule(action, name)
+    except (OSError, ValueError):
+        # A call that this architecture does not have (such as `time` on arm64) needs no rule.
+        if pyseccomp.resolve_syscall(pyseccomp.system_arch(), name) >= 0:
+            raise
+
+
+def _prctl(option: int, value: int) -> None:
+    if _libc.prctl(option, value, 0, 0, 0) != 0:
+        code = ctypes.get_errno()
+        raise EngineError("SANDBOX_FAILED", f"prctl {option} failed: {os.strerror(code)}")
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when the engine host dies, also if it died already."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def forbid_dumps() -> None:
+    """No core dump, no ptrace or /proc/PID/mem by processes of the same user."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _prctl(_PR_SET_DUMPABLE, 0)
+
+
+def keep_descriptors(keep: list[int]) -> list[int]:
+    """Move `keep` to 3, 4, … in order and close every other descriptor above 2; return the new numbers."""
+    highest = max([*keep, 2]) + len(keep) + 1
+    moved = [os.dup2(fd, highest + index, inheritable=False) for index, fd in enumerate(keep)]
+    placed = [os.dup2(fd, 3 + index, inheritable=False) for index, fd in enumerate(moved)]
+    os.closerange(3 + len(placed), os.sysconf("SC_OPEN_MAX"))
+    return placed
+
+
+def enter(rules: Any, *, memory_limit: int, descriptors: int = 64) -> None:
+    """Close the door: limits, no new privileges, the filter. `memory_limit` in bytes bounds the data segment."""
+    forbid_dumps()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
+    resource.setrlimit(resource.RLIMIT_DATA, (memory_limit, memory_limit))
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+    rules.load()

@@ -1,0 +1,426 @@
+"""A worker: one process, one TPM. It serves its VM's data channel, the daemon's operations, and seals what must last.
+
+Everything runs in one thread, one thing at a time: a raw command from gRPC and a command on the VM's socket never interleave.
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import select
+import socket
+import sys
+import time
+import uuid
+from typing import TYPE_CHECKING, Final, NoReturn
+
+from vtpm.engine.framing import FrameReader, frame
+from vtpm.engine.stats import CommandStats
+from vtpm.engine.v1 import link_pb2 as pb
+from vtpm.errors import FailedPreconditionError, InvalidArgumentError, TpmError, VtpmError
+from vtpm.seal.envelope import Place, StateKind, seal, unseal
+from vtpm.tpm.codes import TPM_RC_COMMAND_SIZE
+from vtpm.tpm.command import HEADER, HEADER_SIZE, MAX_COMMAND_SIZE, error_response
+from vtpm.tpm.eventlog import event2, spec_id_header
+from vtpm.tpm.keys import KeyAlgorithm
+from vtpm.tpm.pcr import PcrBank, PcrSelection
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from typing_extensions import Buffer
+
+    from vtpm.engine.libtpms import Libtpms
+    from vtpm.engine.operations import Operations
+
+EXIT_STOPPED: Final = 0
+EXIT_COMMIT_REFUSED: Final = 81
+EXIT_COMMIT_TIMEOUT: Final = 82
+EXIT_TPM_FAILED: Final = 83
+
+MAX_CONNECTIONS: Final = 16
+MAX_EVENT_LOG_SIZE: Final = 256 << 10
+# A peer that sends half a command has this long to send the rest.
+_HALF_COMMAND_TIMEOUT_S: Final = 10.0
+
+
+class _Exit(BaseException):
+    """Ends the worker with an exit status; never caught on the way."""
+
+    def __init__(self, status: int) -> None:
+        self.status = status
+
+
+class Worker:
+    """The loop of one worker process.
+
+    `host` receives new operations and commit sockets when another daemon takes over; `operations` and `commits` go to the daemon;
+    `listener` is the VM's data socket, if it has one.
+    """
+
+    def __init__(
+        self,
+        tpm: Libtpms,
+        operations: Operations,
+        *,
+        host: socket.socket,
+        operations_socket: socket.socket,
+        commits: socket.socket,
+        listener: socket.socket | None,
+    ) -> None:
+        self._tpm = tpm
+        self._operations = operations
+        self._host = host
+        self._ops = operations_socket
+        self._ops_reader = FrameReader()
+        self._commits = commits
+        self._listener = listener
+        self._epoll = select.epoll()
+        self._handlers: dict[int, Callable[[], None]] = {}
+        self._connections: dict[int, socket.socket] = {}
+        self._partial: dict[int, tuple[bytearray, float]] = {}
+        self._stats = CommandStats()
+        self._instance = uuid.UUID(int=0)
+        self._data_key = b""
+        self._epoch = 0
+        self._version = 0
+        self._commit_timeout_s = 60.0
+        self._events = bytearray()
+        self._requests: dict[str, Callable[[pb.WorkerRequest, pb.WorkerReply], None]] = {
+            "manufacture": self._manufacture,
+            "load": self._load,
+            "execute": self._run_command,
+            "read_pcrs": self._read_pcrs,
+            "quote": self._quote,
+            "measure": self._measure,
+            "get_event_log": self._get_event_log,
+            "reset": self._reset,
+            "set_locality": self._set_locality,
+            "get_status": self._get_status,
+            "stop": self._stop,
+        }
+        self._watch(host, self._on_host)
+        self._watch(operations_socket, self._on_operations)
+
+    def _watch(self, sock: socket.socket, handler: Callable[[], None]) -> None:
+        self._handlers[sock.fileno()] = handler
+        self._epoll.register(sock.fileno(), select.EPOLLIN)
+
+    def _unwatch(self, sock: socket.socket) -> None:
+        if self._handlers.pop(sock.fileno(), None) is not None:
+            self._epoll.unregister(sock.fileno())
+        sock.close()
+
+    def run(self) -> NoReturn:
+        """Serve until told to stop; ends the process."""
+        status = EXIT_TPM_FAILED
+        try:
+            while True:
+                timeout = -1.0 if not self._partial else 1.0
+                for fd, _event in self._epoll.poll(timeout, 8):
+                    handler = self._handlers.get(fd)
+                    if handler is not None:
+                        handler()
+                if self._partial:
+                    self._drop_stalled()
+        except _Exit as end:
+            status = end.status
+        except BaseException as error:  # noqa: BLE001  # the last frame of the process: say what it was, never what it held
+            sys.stderr.write(f"worker {self._instance}: {type(error).__name__}\n")
+        os._exit(status)
+
+    # ---- the VM's data channel -------------------------------------------------------------------------------------------
+
+    def _on_listener(self) -> None:
+        assert self._listener is not None
+        try:
+            connection, _ = self._listener.accept()
+        except OSError:
+            return
+        if len(self._connections) >= MAX_CONNECTIONS:
+            connection.close()
+            return
+        connection.setblocking(False)
+        fd = connection.fileno()
+        self._connections[fd] = connection
+        self._watch(connection, lambda: self._on_data(connection, fd))
+
+    def _on_data(self, connection: socket.socket, fd: int) -> None:
+        command = self._tpm.command
+        try:
+            size = connection.recv_into(command)
+        except BlockingIOError:
+            return
+        except OSError:
+            size = 0
+        if size == 0:
+            self._drop(fd)
+        elif fd not in self._partial and size >= HEADER_SIZE and HEADER.unpack_from(command)[1] == size:
+            self._answer(connection, fd, self._execute(size))
+        else:
+            self._on_pieces(connection, fd, bytes(memoryview(command)[:size]))
+
+    def _on_pieces(self, connection: socket.socket, fd: int, data: bytes) -> None:
+        """The slow way: half commands, several at once, or nonsense. Nothing of a guest's bytes is trusted here."""
+        buffer, since = self._partial.pop(fd, (bytearray(), time.monotonic()))
+        buffer += data
+        while len(buffer) >= HEADER_SIZE and fd in self._connections:
+            size = HEADER.unpack_from(buffer)[1]
+            if not HEADER_SIZE <= size <= MAX_COMMAND_SIZE:
+                # The stream can't be framed any more: answer as the TPM would and close.
+                self._answer(connection, fd, error_response(TPM_RC_COMMAND_SIZE))
+                self._drop(fd)
+                return
+            if len(buffer) < size:
+                break
+            self._tpm.command[:size] = buffer[:size]
+            del buffer[:size]
+            self._answer(connection, fd, self._execute(size))
+            since = time.monotonic()
+        if buffer and fd in self._connections:
+            self._partial[fd] = (buffer, since)
+
+    def _answer(self, connection: socket.socket, fd: int, response: Buffer) -> None:
+        try:
+            sent = connection.send(response)
+        except OSError:
+            sent = -1
+        if sent != len(response):
+            # A client that asks and never reads; the TPM waits for nobody.
+            self._drop(fd)
+
+    def _drop(self, fd: int) -> None:
+        self._partial.pop(fd, None)
+        connection = self._connections.pop(fd, None)
+        if connection is not None:
+            self._unwatch(connection)
+
+    def _drop_stalled(self) -> None:
+        oldest = time.monotonic() - _HALF_COMMAND_TIMEOUT_S
+        for fd in [fd for fd, (_, since) in self._partial.items() if since < oldest]:
+            self._drop(fd)
+
+    def _execute(self, size: int) -> Buffer:
+        """Run the command in the TPM's buffer; the response is valid until the next command."""
+        tpm = self._tpm
+        start = time.perf_counter_ns()
+        response = tpm.process_in_place(size)
+        if tpm.dirty:
+            self._commit()
+        self._stats.add(tpm.command, size, time.perf_counter_ns() - start)
+        return response
+
+    # ---- sealed state ----------------------------------------------------------------------------------------------------
+
+    def _commit(self) -> None:
+        """Seal the permanent state and have it made durable; return only then (invariant 1)."""
+        tpm = self._tpm
+        assert tpm.permanent is not None
+        self._version += 1
+        place = Place(self._instance, StateKind.PERMANENT, self._epoch, self._version)
+        # Sealed here, where the plaintext is: nothing else on the host ever holds it (invariant 4).
+        sealed = seal(self._data_key, place, tpm.permanent)
+        tpm.dirty = False
+        message = frame(pb.Commit(epoch=self._epoch, version=self._version, sealed=sealed).SerializeToString())
+        deadline = time.monotonic() + self._commit_timeout_s
+        while not self._try_commit(message, deadline):
+            # The daemon is gone. The next one brings new sockets and takes the same commit again.
+            self._await_daemon(deadline)
+
+    def _try_commit(self, message: bytes, deadline: float) -> bool:
+        reader = FrameReader()
+        try:
+            self._commits.sendall(message)
+            while True:
+                self._await_readable([self._commits], deadline)
+                data = self._commits.recv(4096)
+                if not data:
+                    return False
+                for reply in reader.feed(data):
+                    ack = pb.CommitAck.FromString(reply)
+                    if ack.refused:
+                        # Somebody else owns this instance now (invariant 3), or the store is not what we left.
+                        raise _Exit(EXIT_COMMIT_REFUSED)
+                    if ack.version == self._version:
+                        return True
+        except OSError:
+            return False
+
+    def _await_daemon(self, deadline: float) -> None:
+        self._await_readable([self._host], deadline)
+        self._on_host()
+
+    def _await_readable(self, sockets: list[socket.socket], deadline: float) -> None:
+        poller = select.poll()
+        for sock in sockets:
+            poller.register(sock, select.POLLIN)
+        if not poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            raise _Exit(EXIT_COMMIT_TIMEOUT)
+
+    # ---- the engine host -------------------------------------------------------------------------------------------------
+
+    def _on_host(self) -> None:
+        fds = array.array("i")
+        data, ancillary, _flags, _address = self._host.recvmsg(1, socket.CMSG_LEN(2 * fds.itemsize))
+        if not data:
+            raise _Exit(EXIT_STOPPED)
+        for level, kind, payload in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
+        if len(fds) != 2:
+            return
+        self._unwatch(self._ops)
+        self._commits.close()
+        self._ops, self._commits = (socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd) for fd in fds)
+        self._ops_reader = FrameReader()
+        self._watch(self._ops, self._on_operations)
+
+    # ---- operations of the daemon ----------------------------------------------------------------------------------------
+
+    def _on_operations(self) -> None:
+        ops = self._ops
+        try:
+            data = ops.recv(65536)
+        except OSError:
+            data = b""
+        if not data:
+            # The daemon is gone; the VM is served on, and the next daemon brings new sockets.
+            self._unwatch(ops)
+            return
+        for message in self._ops_reader.feed(data):
+            request = pb.WorkerRequest.FromString(message)
+            reply = pb.WorkerReply(id=request.id)
+            try:
+                self._requests[request.WhichOneof("body") or ""](request, reply)
+            except VtpmError as error:
+                reply = pb.WorkerReply(id=request.id, fault=_fault(error))
+            except (KeyError, ValueError) as error:
+                reply = pb.WorkerReply(
+                    id=request.id,
+                    fault=pb.Fault(kind="INTERNAL", reason="WORKER_REQUEST_INVALID", message=type(error).__name__),
+                )
+            if self._tpm.dirty and self._data_key:
+                # Also when the operation failed half-way: what the TPM did is done.
+                self._commit()
+            try:
+                ops.sendall(frame(reply.SerializeToString()))
+            except OSError:
+                return
+
+    def _manufacture(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:
+        from vtpm.engine.operations import manufacture
+
+        order = request.manufacture
+        keys = manufacture(
+            self._tpm,
+            self._operations,
+            [KeyAlgorithm(name) for name in order.ek_algorithms],
+            KeyAlgorithm(order.ak_algorithm),
+            [PcrBank.from_name(name) for name in order.pcr_banks],
+        )
+        assert self._tpm.permanent is not None
+        self._instance = uuid.UUID(bytes=order.instance)
+        place = Place(self._instance, StateKind.PERMANENT, 0, 1)
+        reply.manufactured.sealed = seal(order.data_key, place, self._tpm.permanent)
+        self._tpm.dirty = False
+        for key in keys:
+            reply.manufactured.keys.add(
+                role=key.role, algorithm=key.algorithm.value, handle=key.handle, tpmt_public=key.tpmt_public
+            )
+
+    def _load(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:
+        order = request.load
+        self._instance = uuid.UUID(bytes=order.place.instance)
+        place = Place(self._instance, StateKind.PERMANENT, order.place.epoch, order.place.version)
+        permanent = unseal(order.data_key, place, order.sealed)
+        self._data_key = order.data_key
+        self._epoch, self._version = order.epoch, order.place.version
+        self._commit_timeout_s = order.commit_timeout_ms / 1000
+        self._power_on(permanent, startup_clear=order.startup_clear)
+        if self._listener is not None:
+            self._listener.setblocking(False)
+            self._watch(self._listener, self._on_listener)
+        reply.loaded.SetInParent()
+
+    def _power_on(self, permanent: bytes, *, startup_clear: bool) -> None:
+        self._tpm.power_on(permanent)
+        self._operations.forget()
+        self._events.clear()
+        if startup_clear:
+            self._operations.startup_clear()
+
+    def _run_command(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:
+        command, tpm = request.execute.command, self._tpm
+        if len(command) > MAX_COMMAND_SIZE:
+            raise InvalidArgumentError("COMMAND_TOO_LARGE", f"a command has at most {MAX_COMMAND_SIZE} bytes")
+        guest_locality, tpm.locality = tpm.locality, request.execute.locality
+        try:
+            tpm.command[: len(command)] = command
+            reply.executed.response = bytes(self._execute(len(command)))
+        finally:
+            tpm.locality = guest_locality
+
+    def _read_pcrs(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:
+        counter, values = self._operations.read_pcrs(_selections(request.read_pcrs.selections))
+        reply.pcr_values.update_counter = counter
+        for bank, index, digest in values:
+            reply.pcr_values.values.add(hash_alg=bank.alg_id, index=index, digest=digest)
+
+    def _quote(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:
+        selections = _selections(request.quote.selections)
+        # No guest command can run in between: these are the values that get signed.
+        _, values = self._operations.read_pcrs(selections)
+        reply.quoted.attest, reply.quoted.signature = self._operations.quote(selections, request.quote.nonce)
+        for bank, index, digest in values:
+            reply.quoted.values.add(hash_alg=bank.alg_id, index=index, digest=digest)
+
+    def _measure(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:
+        order = request.measure
+        banks = self._operations.banks()
+        if len(self._events) + len(order.event_data) + 512 > MAX_EVENT_LOG_SIZE:
+            raise FailedPreconditionError(
+                "EVENT_LOG_FULL", "the instance's event log is full; nothing was extended", remedy="reset the instance"
+            )
+        digests = self._operations.extend(order.pcr, order.data)
+        if not self._events:
+            self._events += spec_id_header(banks)
+        self._events += event2(order.pcr, order.event_type, digests, order.event_data)
+        _, values = self._operations.read_pcrs([PcrSelection(bank, (order.pcr,)) for bank in banks])
+        for bank, index, digest in values:
+            reply.pcr_values.values.add(hash_alg=bank.alg_id, index=index, digest=digest)
+
+    def _get_event_log(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:
+        reply.event_log.event_log = bytes(self._events) or spec_id_header(self._operations.banks())
+
+    def _reset(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:
+        assert self._tpm.permanent is not None
+        self._power_on(self._tpm.permanent, startup_clear=request.reset.startup_clear)
+        reply.done.SetInParent()
+
+    def _set_locality(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:
+        self._tpm.locality = request.set_locality.locality
+        reply.done.SetInParent()
+
+    def _get_status(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:
+        reply.status.epoch, reply.status.version = self._epoch, self._version
+        self._stats.drain(reply.status)
+
+    def _stop(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:
+        reply.done.SetInParent()
+        self._ops.sendall(frame(reply.SerializeToString()))
+        raise _Exit(EXIT_STOPPED)
+
+
+def _selections(selections: Iterable[pb.Selection]) -> tuple[PcrSelection, ...]:
+    return tuple(PcrSelection(PcrBank.from_alg(item.hash_alg), tuple(item.indices)) for item in selections)
+
+
+def _fault(error: VtpmError) -> pb.Fault:
+    return pb.Fault(
+        kind=error.kind.value,
+        reason=error.reason,
+        message=error.message,
+        remedy=error.remedy,
+        tpm_rc=error.rc if isinstance(error, TpmError) else 0,
+    )
+

@@ -1,0 +1,301 @@
+"""Power: the state machine of an instance, ownership by epoch, and what runs now.
+
+    OFF ── start ──► ON ── stop ──► OFF        ON ── loss ──► FAILED ── reset ──► ON, FAILED ── stop ──► OFF
+
+Invariant 3: `Store.acquire` raises the epoch before a worker exists, and commits under an older one are refused.
+Invariant 7: whatever is not understood ends in FAILED with a reason and a remedy, never in a fresh TPM.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime as dt
+import functools
+import socket
+import uuid
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Final, ParamSpec, TypeVar
+
+import structlog
+
+from vtpm.engine.interface import Engine, Listeners, Loss, PowerOn, RunningTpm
+from vtpm.errors import ConflictError, EngineError, ErrorKind, FailedPreconditionError, NotFoundError, VtpmError
+from vtpm.instance.sockets import InstanceSockets
+from vtpm.instance.watch import ChangeHub
+from vtpm.seal.keys import KeyProvider
+from vtpm.store.model import Failure, InstanceRecord, InstanceState
+from vtpm.store.store import Store
+
+log: Final = structlog.get_logger("vtpm.instance")
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+_FAILURE_RETRY_S: Final = 1.0
+
+
+@dataclass(slots=True)
+class Running:
+    """A powered-on instance; `control` is the listener that vtpm.wire serves."""
+
+    record: InstanceRecord
+    tpm: RunningTpm
+    control: socket.socket | None
+
+
+class Lifecycle:
+    """Starts, stops and resets instances and keeps the table of what runs. Used from the event loop only."""
+
+    def __init__(
+        self,
+        store: Store,
+        keys: KeyProvider,
+        engines: Mapping[str, Engine],
+        sockets: InstanceSockets,
+        hub: ChangeHub,
+        *,
+        boot_id: str,
+        max_running: int = 0,
+    ) -> None:
+        self.store = store
+        self.keys = keys
+        self.engines = engines
+        self.sockets = sockets
+        self.hub = hub
+        self._boot_id = boot_id
+        self._max_running = max_running
+        self._running: dict[uuid.UUID, Running] = {}
+        self._by_ref: dict[str, Running] = {}
+        self._locks: dict[uuid.UUID, asyncio.Lock] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        # Between wrapping or reading a data key and its use the key-encryption key must not be rotated away.
+        self.key_lock = asyncio.Lock()
+        # Why threads: the store's calls block on the disk.
+        self._threads = ThreadPoolExecutor(4, thread_name_prefix="vtpm-store")
+
+    async def blocking(self, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        """Run a blocking call of the store or a key provider outside the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, functools.partial(function, *args, **kwargs))
+
+    def lock(self, instance: uuid.UUID) -> asyncio.Lock:
+        """The lock that every change of power takes."""
+        return self._locks.setdefault(instance, asyncio.Lock())
+
+    def running(self, ref: str) -> Running | None:
+        """Return the running instance that `ref` names (id, name or `instances/…`), if it runs."""
+        return self._by_ref.get(ref.removeprefix("instances/"))
+
+    def all_running(self) -> list[Running]:
+        """What runs now."""
+        return list(self._running.values())
+
+    def _enter(self, running: Running) -> None:
+        self._running[running.record.id] = running
+        self._by_ref[str(running.record.id)] = self._by_ref[running.record.name] = running
+
+    def _leave(self, record: InstanceRecord) -> Running | None:
+        running = self._running.pop(record.id, None)
+        if running is not None:
+            self._by_ref.pop(str(record.id), None)
+            self._by_ref.pop(record.name, None)
+            if running.control is not None:
+                running.control.close()
+        self.sockets.remove(record.id)
+        return running
+
+    def refresh(self, record: InstanceRecord) -> None:
+        """Take over a record that changed while the instance runs (labels)."""
+        if (running := self._running.get(record.id)) is not None:
+            running.record = record
+
+    # ---- the daemon's beginning and end ----------------------------------------------------------------------------------
+
+    async def recover(self) -> None:
+        """Take over what ran on without a daemon, and put into order what did not."""
+        for engine in self.engines.values():
+            for adopted in await engine.start(self._on_loss):
+                try:
+                    record = await self.blocking(self.store.get, str(adopted.instance))
+                except NotFoundError:
+                    record = None
+                if record is None or record.state is not InstanceState.ON or record.epoch != adopted.epoch:
+                    # Not the owner any more (invariant 3).
+                    log.warning("instance.stale_worker_stopped", instance=str(adopted.instance), epoch=adopted.epoch)
+                    await adopted.tpm.stop()
+                    continue
+                self._enter(Running(record, adopted.tpm, adopted.control))
+                log.info("instance.adopted", instance=str(record.id), name=record.name, epoch=record.epoch)
+        for record in await self.blocking(self.store.owned):
+            if record.id in self._running:
+                continue
+            if record.boot_id != self._boot_id:
+                # The host was restarted: the VM is gone too, and nothing that it could still rely on was lost.
+                await self.blocking(self.store.release, record.id, record.epoch)
+                log.info("instance.off_after_host_restart", instance=str(record.id), name=record.name)
+            else:
+                loss = Loss(
+                    "WORKER_LOST",
+                    "the TPM's worker ended while no daemon ran; its volatile state is lost",
+                    f"reset the instance together with its VM: vtpm instance reset {record.name}",
+                )
+                await self._fail(record, loss)
+        self.sockets.remove_all_but(set(self._running))
+
+    async def close(self) -> None:
+        """Let go: running TPMs run on with the engine host."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for engine in self.engines.values():
+            await engine.close()
+        self._threads.shutdown()
+
+    # ---- loss ------------------------------------------------------------------------------------------------------------
+
+    def _on_loss(self, instance: uuid.UUID, epoch: int, loss: Loss) -> None:
+        running = self._running.get(instance)
+        if running is None or running.record.epoch != epoch:
+            return
+        self._leave(running.record)
+        task = asyncio.get_running_loop().create_task(self._fail(running.record, loss))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _fail(self, record: InstanceRecord, loss: Loss) -> None:
+        """Write down that `record` FAILED; keeps trying while the store is in trouble."""
+        log.error("instance.failed", instance=str(record.id), name=record.name, reason=loss.reason, remedy=loss.remedy)
+        failure = Failure(loss.reason, loss.message, loss.remedy, dt.datetime.now(dt.UTC))
+        while True:
+            try:
+                failed = await self.blocking(self.store.fail, record.id, record.epoch, failure)
+            except (ConflictError, NotFoundError) as error:
+                # Another owner has it, or it was deleted: there is nothing of ours to mark.
+                log.warning("instance.failure_not_recorded", instance=str(record.id), reason=error.reason)
+                return
+            except VtpmError as error:
+                if error.kind is not ErrorKind.UNAVAILABLE:
+                    raise
+                await asyncio.sleep(_FAILURE_RETRY_S)
+                continue
+            self.hub.publish("UPDATED", failed)
+            return
+
+    # ---- power -----------------------------------------------------------------------------------------------------------
+
+    async def start(self, ref: str, *, startup_clear: bool, revision: int | None) -> InstanceRecord:
+        """Power on; an instance that is ON is returned as it is."""
+        record = await self.blocking(self.store.get, ref)
+        async with self.lock(record.id):
+            record = await self._current(ref, revision)
+            match record.state:
+                case InstanceState.ON:
+                    return record
+                case InstanceState.FAILED:
+                    raise FailedPreconditionError(
+                        "INSTANCE_FAILED",
+                        f"the instance is FAILED: {record.failure.message if record.failure else ''}",
+                        subject=record.name,
+                        remedy=f"vtpm instance reset {record.name}, or stop it first",
+                    )
+            return await self._power_on(record, startup_clear=startup_clear)
+
+    async def stop(self, ref: str, *, revision: int | None) -> InstanceRecord:
+        """Power off; volatile state is dropped. An instance that is OFF is returned as it is."""
+        record = await self.blocking(self.store.get, ref)
+        async with self.lock(record.id):
+            record = await self._current(ref, revision)
+            if record.state is InstanceState.OFF:
+                return record
+            running = self._running.get(record.id)
+            if running is not None:
+                await running.tpm.stop()
+            self._leave(record)
+            record = await self.blocking(self.store.release, record.id, record.epoch)
+            log.info("instance.stopped", instance=str(record.id), name=record.name)
+            self.hub.publish("UPDATED", record)
+            return record
+
+    async def reset(self, ref: str, *, startup_clear: bool, revision: int | None) -> InstanceRecord:
+        """_TPM_Init; takes a FAILED instance back to ON."""
+        record = await self.blocking(self.store.get, ref)
+        async with self.lock(record.id):
+            record = await self._current(ref, revision)
+            running = self._running.get(record.id)
+            match record.state:
+                case InstanceState.OFF:
+                    raise FailedPreconditionError(
+                        "INSTANCE_OFF",
+                        "an instance that is OFF can't be reset",
+                        subject=record.name,
+                        remedy=f"vtpm instance start {record.name}",
+                    )
+                case InstanceState.ON if running is not None:
+                    await running.tpm.reset(startup_clear=startup_clear)
+                    self.hub.publish("UPDATED", record)
+                    return record
+                case _:
+                    return await self._power_on(record, startup_clear=startup_clear)
+
+    async def _current(self, ref: str, revision: int | None) -> InstanceRecord:
+        record = await self.blocking(self.store.get, ref)
+        if revision is not None and record.revision != revision:
+            raise ConflictError(
+                "ETAG_MISMATCH", "the instance was changed meanwhile", subject=record.name, remedy="read it again and retry"
+            )
+        return record
+
+    async def _power_on(self, record: InstanceRecord, *, startup_clear: bool) -> InstanceRecord:
+        if self._max_running and len(self._running) >= self._max_running:
+            raise VtpmError(
+                "TOO_MANY_RUNNING",
+                f"{self._max_running} instances are ON, the configured limit",
+                subject=record.name,
+                remedy="stop others or raise max_running",
+                kind=ErrorKind.RESOURCE_EXHAUSTED,
+            )
+        owned = await self.blocking(self.store.acquire, record.id, boot_id=self._boot_id)
+        listeners: Listeners | None = None
+        try:
+            async with self.key_lock:
+                wrapped, state = await self.blocking(self.store.load, record.id)
+                data_key = await self.blocking(self.keys.unwrap, wrapped, record.id)
+            listeners = self.sockets.make(record.id)
+            order = PowerOn(record.id, owned.epoch, state, data_key, startup_clear, listeners)
+            tpm = await self.engine(record.engine).power_on(order)
+        except BaseException as error:
+            if listeners is not None:
+                listeners.control.close()
+            await self._undo_power_on(owned, error)
+            raise
+        finally:
+            if listeners is not None:
+                listeners.data.close()
+        self._enter(Running(owned, tpm, listeners.control))
+        log.info("instance.started", instance=str(record.id), name=record.name, epoch=owned.epoch)
+        self.hub.publish("UPDATED", owned)
+        return owned
+
+    async def _undo_power_on(self, owned: InstanceRecord, error: BaseException) -> None:
+        self.sockets.remove(owned.id)
+        if isinstance(error, VtpmError) and error.kind in (ErrorKind.DATA_LOSS, ErrorKind.FAILED_PRECONDITION):
+            # Damage or a wrong key: nothing was overwritten, and an operator has to look (invariants 6 and 7).
+            await self._fail(owned, Loss(error.reason, error.message, error.remedy))
+            return
+        released = await self.blocking(self.store.release, owned.id, owned.epoch)
+        self.hub.publish("UPDATED", released)
+
+    def engine(self, name: str) -> Engine:
+        """Return the engine called `name`.
+
+        Raises:
+            EngineError: ENGINE_UNKNOWN.
+        """
+        try:
+            return self.engines[name]
+        except KeyError:
+            raise EngineError(
+                "ENGINE_UNKNOWN",
+                f"there is no engine {name[:80]!r} here; there are {', '.join(self.engines)}",
+                kind=ErrorKind.INVALID_ARGUMENT,
+            ) from None

@@ -1,0 +1,100 @@
+"""Prometheus metrics of the daemon; their names are documented in docs/operations.md."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
+from prometheus_client.registry import Collector
+
+from vtpm.errors import ConfigError
+from vtpm.tpm.codes import command_name
+
+_COMMIT_BUCKETS: Final = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0)
+_RPC_BUCKETS: Final = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 30.0)
+
+
+class _CommandCollector(Collector):
+    """Commands by ordinal: the workers count, the daemon adds up what they hand in."""
+
+    def __init__(self, bounds_ns: Sequence[int]) -> None:
+        self._bounds = [f"{bound / 1e9:g}" for bound in bounds_ns] + ["+Inf"]
+        self.rows: dict[int, tuple[int, int, list[int]]] = {}
+
+    def collect(self) -> list[HistogramMetricFamily | CounterMetricFamily]:
+        total = CounterMetricFamily("vtpm_tpm_commands", "TPM commands run for VMs, by ordinal.", labels=["ordinal"])
+        seconds = HistogramMetricFamily("vtpm_tpm_command_seconds", "Time in the TPM, commit included.", labels=["ordinal"])
+        for ordinal, (count, nanos, buckets) in self.rows.items():
+            name = command_name(ordinal) if ordinal else "unknown"
+            total.add_metric([name], count)
+            cumulative, running = [], 0
+            for bound, value in zip(self._bounds, buckets, strict=True):
+                running += value
+                cumulative.append((bound, running))
+            seconds.add_metric([name], cumulative, nanos / 1e9)
+        return [total, seconds]
+
+
+class Metrics:
+    """Every metric of one daemon, in a registry of its own."""
+
+    def __init__(self, command_bounds_ns: Sequence[int]) -> None:
+        self.registry = CollectorRegistry()
+        self._instances = Gauge("vtpm_instances", "Instances by state.", ["state"], registry=self.registry)
+        self._workers = Gauge("vtpm_workers", "Worker processes that run an instance.", registry=self.registry)
+        # No engine hibernates yet, so this stays at zero.
+        Counter("vtpm_thaws", "Hibernated instances brought back.", registry=self.registry)
+        self._commits = Counter("vtpm_commits", "Sealed states by outcome.", ["result"], registry=self.registry)
+        self._commit_seconds = Histogram(
+            "vtpm_commit_seconds", "Time of one store transaction.", registry=self.registry, buckets=_COMMIT_BUCKETS
+        )
+        self._batch_size = Histogram(
+            "vtpm_commit_batch_size", "States in one store transaction.", registry=self.registry, buckets=(1, 2, 4, 8, 16, 32, 64, 128)
+        )
+        self._requests = Counter("vtpm_grpc_requests", "gRPC calls.", ["method", "code"], registry=self.registry)
+        self._request_seconds = Histogram(
+            "vtpm_grpc_request_seconds", "Time of one gRPC call.", ["method"], registry=self.registry, buckets=_RPC_BUCKETS
+        )
+        self._commands = _CommandCollector(command_bounds_ns)
+        self.registry.register(self._commands)
+
+    def observe_ordinals(self, ordinal: int, count: int, nanos: int, buckets: Sequence[int]) -> None:
+        """Add what a worker counted of one ordinal since it was last asked."""
+        old_count, old_nanos, old_buckets = self._commands.rows.get(ordinal, (0, 0, [0] * len(buckets)))
+        merged = [old + new for old, new in zip(old_buckets, buckets, strict=True)]
+        self._commands.rows[ordinal] = (old_count + count, old_nanos + nanos, merged)
+
+    def observe_commit(self, batch_size: int, refused: int, seconds: float) -> None:
+        """Count one store transaction."""
+        self._commits.labels("durable").inc(batch_size - refused)
+        self._commits.labels("refused").inc(refused)
+        self._commit_seconds.observe(seconds)
+        self._batch_size.observe(batch_size)
+
+    def observe_request(self, method: str, code: str, seconds: float) -> None:
+        """Count one gRPC call."""
+        self._requests.labels(method, code).inc()
+        self._request_seconds.labels(method).observe(seconds)
+
+    def set_instances(self, counts: Mapping[str, int]) -> None:
+        """Take over instance counts by state; each instance that is ON has a worker."""
+        for state, count in counts.items():
+            self._instances.labels(state).set(count)
+        self._workers.set(counts.get("ON", 0))
+
+    def start_http_server(self, address: str) -> None:
+        """Serve the metrics at `host:port`.
+
+        Raises:
+            ConfigError: METRICS_ADDRESS_UNUSABLE.
+        """
+        host, _, port = address.rpartition(":")
+        try:
+            start_http_server(int(port), addr=host.strip("[]"), registry=self.registry)
+        except (OSError, ValueError, OverflowError) as error:
+            raise ConfigError(
+                "METRICS_ADDRESS_UNUSABLE", f"metrics can't be served there: {error}", subject=address,
+                remedy="set metrics_address to a free host:port, or to nothing",
+            ) from None  # fmt: skip

@@ -1,0 +1,203 @@
+"""The `file` key provider: key-encryption keys in one file that only the daemon's user can read.
+
+Simple and honest: who can read the file and the store can open every sealed state. Its place may be another volume than the store's
+(option `path`), so that neither alone is enough.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import json
+import os
+import stat
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCMSIV
+
+from vtpm.crashpoints import crash_point
+from vtpm.errors import KeyProviderError, SealedStateError
+from vtpm.seal.keys import DATA_KEY_SIZE, WrappedKey
+
+PROVIDER_NAME: Final = "file"
+_FILE_NAME: Final = "keys.json"
+_FORMAT: Final = 1
+_MAX_FILE_SIZE: Final = 64 << 10
+_NONCE_SIZE: Final = 12
+
+
+class FileKeyProvider:
+    """Implements vtpm.seal.keys.KeyProvider. The file is made at first start, mode 0600, and read once.
+
+    Raises:
+        KeyProviderError: KEY_FILE_MISSING, KEY_FILE_MODE, KEY_FILE_OWNER, KEY_FILE_DAMAGED, KEY_FILE_FORMAT_UNKNOWN or
+            KEY_FILE_UNUSABLE, with the file as subject. Nothing is overwritten.
+    """
+
+    name = PROVIDER_NAME
+
+    def __init__(self, *, state_dir: Path, options: Mapping[str, str], create: bool) -> None:
+        unknown = set(options) - {"path"}
+        if unknown:
+            raise KeyProviderError(
+                "KEY_PROVIDER_OPTION_UNKNOWN", f"the provider `file` has no option {sorted(unknown)[0]!r}", remedy="its option is path"
+            )
+        self._path = Path(options.get("path", "") or state_dir / _FILE_NAME)
+        self._keys: dict[str, bytes] = {}
+        self._current = ""
+        if not os.path.lexists(self._path):
+            if not create:
+                # A new key here would open nothing, and hide why (invariant 7).
+                raise self._error(
+                    "KEY_FILE_MISSING",
+                    "the key file is missing, and the store holds state sealed under it",
+                    "put the file back from where it was kept; without it the sealed states can't be opened",
+                )
+            self._add_key()
+        else:
+            self._read()
+
+    def __repr__(self) -> str:
+        return f"FileKeyProvider({str(self._path)!r})"
+
+    @property
+    def key_id(self) -> str:
+        """See KeyProvider."""
+        return self._current
+
+    def _error(self, reason: str, message: str, remedy: str) -> KeyProviderError:
+        return KeyProviderError(reason, message, subject=str(self._path), remedy=remedy)
+
+    # ---- the file --------------------------------------------------------------------------------------------------------
+
+    def _read(self) -> None:
+        try:
+            fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError as error:
+            raise self._error("KEY_FILE_UNUSABLE", f"the key file can't be read: {error.strerror}", "check what it is") from None
+        with open(fd, "rb") as file:  # noqa: PTH123  # by descriptor: what was checked is what is read
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise self._error("KEY_FILE_UNUSABLE", "the key file is no regular file", "put the key file there")
+            if status.st_uid != os.geteuid():
+                raise self._error(
+                    "KEY_FILE_OWNER",
+                    f"the key file belongs to uid {status.st_uid}, the daemon runs as {os.geteuid()}",
+                    f"chown {os.geteuid()} '{self._path}'",
+                )
+            if status.st_mode & 0o077:
+                raise self._error(
+                    "KEY_FILE_MODE",
+                    f"the key file has mode {stat.S_IMODE(status.st_mode):04o}: others may read it",
+                    f"chmod 0600 '{self._path}', and rotate the key if others may have read it",
+                )
+            content = file.read(_MAX_FILE_SIZE + 1)
+        self._parse(content)
+
+    def _parse(self, content: bytes) -> None:
+        damaged = self._error("KEY_FILE_DAMAGED", "the key file is damaged", "put the file back from where it was kept")
+        if len(content) > _MAX_FILE_SIZE:
+            raise damaged
+        try:
+            document: Any = json.loads(content)
+            form = document["format"]
+            if form != _FORMAT:
+                raise self._error(
+                    "KEY_FILE_FORMAT_UNKNOWN", f"the key file has format {form!r}", "start the vTPM version that wrote it"
+                )
+            keys = {str(key): base64.b64decode(value, validate=True) for key, value in document["keys"].items()}
+            current = document["current"]
+        except (ValueError, KeyError, TypeError, AttributeError, binascii.Error):
+            raise damaged from None
+        if current not in keys or any(len(key) != DATA_KEY_SIZE for key in keys.values()):
+            raise damaged
+        self._keys, self._current = keys, current
+
+    def _write(self, keys: Mapping[str, bytes], current: str) -> None:
+        """Replace the file as one step, durably; only then do `keys` count."""
+        encoded = {key: base64.b64encode(value).decode() for key, value in keys.items()}
+        content = json.dumps({"format": _FORMAT, "current": current, "keys": encoded}).encode()
+        temporary = self._path.with_name(f".{self._path.name}.new")
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                temporary.unlink()
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            with open(fd, "wb") as file:  # noqa: PTH123  # by descriptor: made with its mode
+                file.write(content)
+                file.flush()
+                os.fsync(fd)
+            crash_point("keys.before_rename")
+            temporary.replace(self._path)
+            directory = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
+        except OSError as error:
+            raise self._error(
+                "KEY_FILE_UNUSABLE", f"the key file can't be written: {error.strerror}", "check the directory and free space"
+            ) from None
+        self._keys, self._current = dict(keys), current
+
+    def _add_key(self) -> None:
+        key_id = f"file-{uuid.uuid4().hex[:16]}"
+        self._write({**self._keys, key_id: os.urandom(DATA_KEY_SIZE)}, key_id)
+
+    # ---- wrapping --------------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _context(key_id: str, instance: uuid.UUID) -> bytes:
+        return b"vtpm data key\0" + PROVIDER_NAME.encode() + b"\0" + key_id.encode() + b"\0" + instance.bytes
+
+    def wrap(self, data_key: bytes, instance: uuid.UUID) -> WrappedKey:
+        """See KeyProvider."""
+        nonce = os.urandom(_NONCE_SIZE)
+        sealed = AESGCMSIV(self._keys[self._current]).encrypt(nonce, data_key, self._context(self._current, instance))
+        return WrappedKey(PROVIDER_NAME, self._current, nonce + sealed)
+
+    def unwrap(self, wrapped: WrappedKey, instance: uuid.UUID) -> bytes:
+        """See KeyProvider."""
+        if wrapped.provider != PROVIDER_NAME:
+            raise KeyProviderError(
+                "KEY_PROVIDER_MISMATCH",
+                f"the data key was wrapped by the provider {wrapped.provider!r}, configured is {PROVIDER_NAME!r}",
+                subject=str(instance),
+                remedy=f"set key_provider to {wrapped.provider}",
+            )
+        key = self._keys.get(wrapped.key_id)
+        if key is None:
+            raise self._error(
+                "KEY_UNKNOWN",
+                f"the data key of instance {instance} was wrapped under {wrapped.key_id}, which is not in the key file",
+                "this is the wrong key file, or an older copy: put back the one that holds that key",
+            )
+        try:
+            return AESGCMSIV(key).decrypt(
+                wrapped.blob[:_NONCE_SIZE], wrapped.blob[_NONCE_SIZE:], self._context(wrapped.key_id, instance)
+            )
+        except (InvalidTag, ValueError):
+            raise SealedStateError(
+                "DATA_KEY_AUTHENTICATION_FAILED",
+                "the wrapped data key is damaged or belongs to another instance",
+                subject=str(instance),
+                remedy="restore this instance from a backup; its present row is left as it is",
+            ) from None
+
+    # ---- rotation --------------------------------------------------------------------------------------------------------
+
+    def begin_rotation(self) -> str:
+        """See KeyProvider."""
+        if len(self._keys) == 1:
+            self._add_key()
+        crash_point("rotate.after_begin")
+        return self._current
+
+    def finish_rotation(self) -> None:
+        """See KeyProvider."""
+        crash_point("rotate.before_finish")
+        self._write({self._current: self._keys[self._current]}, self._current)

@@ -1,0 +1,123 @@
+"""What the store keeps, as values."""
+
+from __future__ import annotations
+
+import datetime as dt
+import enum
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from vtpm.seal.envelope import StateKind
+from vtpm.seal.keys import WrappedKey
+
+
+class InstanceState(enum.StrEnum):
+    """The states of the design's section 3."""
+
+    OFF = "OFF"
+    ON = "ON"
+    FAILED = "FAILED"
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why an instance is FAILED; `time` in UTC."""
+
+    reason: str
+    message: str
+    remedy: str
+    time: dt.datetime
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRecord:
+    """A persistent key of the TPM; `role` is EK or AK, `algorithm` a name of vtpm.tpm.keys.KeyAlgorithm."""
+
+    role: str
+    algorithm: str
+    handle: int
+    tpmt_public: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileRecord:
+    """What a TPM was manufactured with; banks by hash name, such as `sha256`."""
+
+    ek_algorithms: tuple[str, ...]
+    ak_algorithm: str
+    pcr_banks: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceRecord:
+    """An instance. `boot_id` is that of the host boot that owns it, empty unless ON; `revision` rises with each visible change."""
+
+    id: uuid.UUID
+    name: str
+    labels: Mapping[str, str]
+    state: InstanceState
+    failure: Failure | None
+    profile: ProfileRecord
+    keys: tuple[KeyRecord, ...]
+    engine: str
+    epoch: int
+    boot_id: str
+    revision: int
+    created_at: dt.datetime
+    updated_at: dt.datetime
+
+
+@dataclass(frozen=True, slots=True)
+class NewInstance:
+    """A manufactured instance to be stored; `sealed` is its permanent state at epoch 0, version 1."""
+
+    id: uuid.UUID
+    name: str
+    labels: Mapping[str, str]
+    profile: ProfileRecord
+    keys: tuple[KeyRecord, ...]
+    engine: str
+    wrapped_key: WrappedKey
+    sealed: bytes = field(repr=False)
+    request_id: str = ""
+    fingerprint: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class SealedState:
+    """A sealed blob and the (epoch, version) at which it was made."""
+
+    epoch: int
+    version: int
+    blob: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class StateCommit:
+    """A sealed blob that wants to become the instance's state: only under the present epoch, only as the next version."""
+
+    instance: uuid.UUID
+    epoch: int
+    version: int
+    blob: bytes = field(repr=False)
+    kind: StateKind = StateKind.PERMANENT
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """Which instances are wanted; unset fields match all."""
+
+    state: InstanceState | None = None
+    name: str | None = None
+    name_prefix: str | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    def matches(self, record: InstanceRecord) -> bool:
+        """Whether `record` is wanted."""
+        return (
+            self.state in (None, record.state)
+            and self.name in (None, record.name)
+            and record.name.startswith(self.name_prefix or "")
+            and all(record.labels.get(key) == value for key, value in self.labels.items())
+        )

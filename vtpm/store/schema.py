@@ -1,0 +1,80 @@
+"""The one schema, for SQLite and PostgreSQL alike. Changes go through vtpm/store/migrations."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    DateTime,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    PrimaryKeyConstraint,
+    String,
+    Table,
+    Text,
+    Uuid,
+)
+
+metadata: Final = MetaData()
+
+instances: Final = Table(
+    "instances",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("name", String(63), nullable=False, unique=True),
+    # OFF, ON, FAILED, or DELETING: the data key is gone and the rest is about to be.
+    Column("state", String(16), nullable=False, index=True),
+    Column("failure", Text, nullable=False),
+    Column("profile", Text, nullable=False),
+    Column("keys", Text, nullable=False),
+    Column("engine", String(32), nullable=False),
+    Column("epoch", BigInteger, nullable=False),
+    Column("boot_id", String(64), nullable=False),
+    Column("revision", BigInteger, nullable=False),
+    Column("created_at", DateTime, nullable=False),
+    Column("updated_at", DateTime, nullable=False),
+)
+
+labels: Final = Table(
+    "labels",
+    metadata,
+    Column("instance", Uuid, ForeignKey("instances.id"), nullable=False),
+    Column("key", String(63), nullable=False),
+    Column("value", String(256), nullable=False),
+    PrimaryKeyConstraint("instance", "key"),
+    Index("ix_labels_key_value", "key", "value"),
+)
+
+data_keys: Final = Table(
+    "data_keys",
+    metadata,
+    Column("instance", Uuid, ForeignKey("instances.id"), primary_key=True),
+    Column("provider", String(64), nullable=False),
+    Column("key_id", String(128), nullable=False),
+    Column("blob", LargeBinary, nullable=False),
+)
+
+states: Final = Table(
+    "states",
+    metadata,
+    Column("instance", Uuid, ForeignKey("instances.id"), nullable=False),
+    Column("kind", Integer, nullable=False),
+    Column("epoch", BigInteger, nullable=False),
+    Column("version", BigInteger, nullable=False),
+    Column("blob", LargeBinary, nullable=False),
+    PrimaryKeyConstraint("instance", "kind"),
+)
+
+requests: Final = Table(
+    "requests",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("instance", Uuid, nullable=False),
+    Column("fingerprint", LargeBinary, nullable=False),
+    Column("created_at", DateTime, nullable=False, index=True),
+)

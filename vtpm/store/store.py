@@ -1,0 +1,358 @@
+"""The store: instances, their wrapped data keys and sealed states. Synchronous and thread-safe; every change is durable on return."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
+
+import sqlalchemy as sa
+from sqlalchemy.exc import IntegrityError
+
+from vtpm.errors import AlreadyExistsError, ConflictError, FailedPreconditionError, NotFoundError
+from vtpm.seal.envelope import StateKind
+from vtpm.seal.keys import WrappedKey
+from vtpm.store import database
+from vtpm.store.commits import StateCommits
+from vtpm.crashpoints import crash_point
+from vtpm.store.model import Failure, Filter, InstanceRecord, InstanceState, NewInstance, SealedState, StateCommit
+from vtpm.store.rows import dump_failure, dump_keys, dump_profile, now, to_record
+from vtpm.store.schema import data_keys, instances, labels, requests, states
+
+_DELETING: Final = "DELETING"
+_REQUEST_LIFETIME: Final = dt.timedelta(hours=24)
+
+
+class Store:
+    """A store in a SQLite database."""
+
+    def __init__(self, url: str, read: sa.Engine, write: sa.Engine) -> None:
+        self._url = url
+        self._read_engine = read
+        self._write_engine = write
+        self._commits = StateCommits(sa.make_url(url).database or "", url)
+
+    @classmethod
+    def open(cls, url: str) -> Store:
+        """Open the database at `url` (`sqlite:////absolute/path`), make or migrate its schema, finish interrupted deletions.
+
+        Raises:
+            StoreError: it can't be used; nothing was changed.
+        """
+        with database.errors(url):
+            read, write = database.connect(url)
+            try:
+                database.migrate(read, write, url)
+                store = cls(url, read, write)
+                store._finish_deletions()
+            except BaseException:
+                read.dispose()
+                raise
+        return store
+
+    def close(self) -> None:
+        """Close every connection."""
+        self._commits.close()
+        self._read_engine.dispose()
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[sa.Connection]:
+        with database.errors(self._url), self._read_engine.begin() as connection:
+            yield connection
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[sa.Connection]:
+        with database.errors(self._url), self._write_engine.begin() as connection:
+            yield connection
+
+    # ---- reading ---------------------------------------------------------------------------------------------------------
+
+    def is_empty(self) -> bool:
+        """Whether nothing was ever sealed into this store and kept."""
+        with self._reading() as connection:
+            return connection.execute(sa.select(data_keys.c.instance).limit(1)).first() is None
+
+    def get(self, ref: str) -> InstanceRecord:
+        """Return the instance that `ref` names: `instances/…`, id or name.
+
+        Raises:
+            NotFoundError: INSTANCE_NOT_FOUND.
+        """
+        with self._reading() as connection:
+            return self._get(connection, ref)
+
+    def _get(self, connection: sa.Connection, ref: str) -> InstanceRecord:
+        text = ref.removeprefix("instances/")
+        condition = instances.c.name == text
+        with contextlib.suppress(ValueError):
+            condition = instances.c.id == uuid.UUID(text)
+        found = self._select(connection, condition)
+        if not found:
+            raise NotFoundError("INSTANCE_NOT_FOUND", "there is no such instance", subject=text[:80], remedy="vtpm instance list")
+        return found[0]
+
+    def _by_id(self, connection: sa.Connection, instance: uuid.UUID) -> InstanceRecord:
+        return self._get(connection, str(instance))
+
+    def _select(self, connection: sa.Connection, *conditions: Any, limit: int | None = None) -> list[InstanceRecord]:
+        query = sa.select(instances).where(instances.c.state != _DELETING, *conditions).order_by(instances.c.id).limit(limit)
+        rows = connection.execute(query).all()
+        found: dict[uuid.UUID, dict[str, str]] = {row.id: {} for row in rows}
+        ids = list(found)
+        for start in range(0, len(ids), 500):
+            part = sa.select(labels).where(labels.c.instance.in_(ids[start : start + 500])).order_by(labels.c.key)
+            for label in connection.execute(part):
+                found[label.instance][label.key] = label.value
+        return [to_record(row, found[row.id]) for row in rows]
+
+    def list(self, wanted: Filter, page_size: int, after: uuid.UUID | None) -> list[InstanceRecord]:
+        """Return up to `page_size` instances that match, ordered by id, from behind `after`."""
+        conditions: list[Any] = []
+        if after is not None:
+            conditions.append(instances.c.id > after)
+        if wanted.state is not None:
+            conditions.append(instances.c.state == wanted.state.value)
+        if wanted.name is not None:
+            conditions.append(instances.c.name == wanted.name)
+        if wanted.name_prefix is not None:
+            conditions.append(instances.c.name.startswith(wanted.name_prefix, autoescape=True))
+        for key, value in wanted.labels.items():
+            match = sa.select(labels.c.instance).where(labels.c.key == key, labels.c.value == value)
+            conditions.append(instances.c.id.in_(match))
+        with self._reading() as connection:
+            return self._select(connection, *conditions, limit=page_size)
+
+    def owned(self) -> Sequence[InstanceRecord]:
+        """Return the instances that are ON."""
+        with self._reading() as connection:
+            return self._select(connection, instances.c.state == InstanceState.ON.value)
+
+    def counts(self) -> Mapping[InstanceState, int]:
+        """Return how many instances are in each state."""
+        query = sa.select(instances.c.state, sa.func.count()).where(instances.c.state != _DELETING).group_by(instances.c.state)
+        with self._reading() as connection:
+            return {InstanceState(state): count for state, count in connection.execute(query)}
+
+    def find_request(self, request_id: str) -> tuple[uuid.UUID, bytes] | None:
+        """Return (instance, fingerprint) of an earlier creation under `request_id`; kept for 24 hours."""
+        query = sa.select(requests.c.instance, requests.c.fingerprint).where(requests.c.id == uuid.UUID(request_id))
+        with self._reading() as connection:
+            row = connection.execute(query).first()
+        return (row.instance, row.fingerprint) if row else None
+
+    def load(self, instance: uuid.UUID) -> tuple[WrappedKey, SealedState]:
+        """Return the wrapped data key and the sealed permanent state.
+
+        Raises:
+            NotFoundError: INSTANCE_NOT_FOUND.
+        """
+        query = (
+            sa.select(data_keys.c.provider, data_keys.c.key_id, data_keys.c.blob.label("key"), states)
+            .join(states, states.c.instance == data_keys.c.instance)
+            .where(data_keys.c.instance == instance, states.c.kind == int(StateKind.PERMANENT))
+        )
+        with self._reading() as connection:
+            row = connection.execute(query).first()
+        if row is None:
+            raise NotFoundError("INSTANCE_NOT_FOUND", "there is no sealed state of this instance", subject=str(instance))
+        return WrappedKey(row.provider, row.key_id, row.key), SealedState(row.epoch, row.version, row.blob)
+
+    # ---- writing ---------------------------------------------------------------------------------------------------------
+
+    def create(self, new: NewInstance) -> InstanceRecord:
+        """Add a manufactured instance, OFF, with its key and state, in one transaction.
+
+        Raises:
+            AlreadyExistsError: INSTANCE_NAME_TAKEN.
+        """
+        moment = now()
+        row = {
+            "id": new.id,
+            "name": new.name,
+            "state": InstanceState.OFF.value,
+            "failure": "",
+            "profile": dump_profile(new.profile),
+            "keys": dump_keys(new.keys),
+            "engine": new.engine,
+            "epoch": 0,
+            "boot_id": "",
+            "revision": 1,
+            "created_at": moment,
+            "updated_at": moment,
+        }
+        try:
+            with self._writing() as connection:
+                connection.execute(sa.insert(instances), row)
+                self._insert_labels(connection, new.id, new.labels)
+                connection.execute(
+                    sa.insert(data_keys),
+                    {
+                        "instance": new.id,
+                        "provider": new.wrapped_key.provider,
+                        "key_id": new.wrapped_key.key_id,
+                        "blob": new.wrapped_key.blob,
+                    },
+                )
+                connection.execute(
+                    sa.insert(states),
+                    {"instance": new.id, "kind": int(StateKind.PERMANENT), "epoch": 0, "version": 1, "blob": new.sealed},
+                )
+                if new.request_id:
+                    self._insert_request(connection, new, moment)
+                crash_point("create.before_commit")
+        except IntegrityError:
+            raise AlreadyExistsError(
+                "INSTANCE_NAME_TAKEN",
+                "an instance of this name exists",
+                subject=new.name,
+                remedy="choose another name, or delete that one",
+            ) from None
+        crash_point("create.after_commit")
+        return self.get(str(new.id))
+
+    @staticmethod
+    def _insert_labels(connection: sa.Connection, instance: uuid.UUID, values: Mapping[str, str]) -> None:
+        rows = [{"instance": instance, "key": key, "value": value} for key, value in values.items()]
+        if rows:
+            connection.execute(sa.insert(labels), rows)
+
+    @staticmethod
+    def _insert_request(connection: sa.Connection, new: NewInstance, moment: dt.datetime) -> None:
+        connection.execute(sa.delete(requests).where(requests.c.created_at < moment - _REQUEST_LIFETIME))
+        row = {"id": uuid.UUID(new.request_id), "instance": new.id, "fingerprint": new.fingerprint, "created_at": moment}
+        connection.execute(sa.insert(requests), row)
+
+    def set_labels(self, instance: uuid.UUID, values: Mapping[str, str], revision: int | None) -> InstanceRecord:
+        """Replace the labels; with `revision`, only if it is still the present one.
+
+        Raises:
+            ConflictError: ETAG_MISMATCH.
+        """
+        with self._writing() as connection:
+            self._change(connection, instance, {}, revision=revision)
+            connection.execute(sa.delete(labels).where(labels.c.instance == instance))
+            self._insert_labels(connection, instance, values)
+            return self._by_id(connection, instance)
+
+    def acquire(self, instance: uuid.UUID, *, boot_id: str, revision: int | None = None) -> InstanceRecord:
+        """Take ownership of an instance that is OFF or FAILED: ON, under the next epoch (invariant 3).
+
+        Raises:
+            FailedPreconditionError: INSTANCE_ALREADY_ON.
+        """
+        with self._writing() as connection:
+            record = self._by_id(connection, instance)
+            if record.state is InstanceState.ON:
+                raise FailedPreconditionError(
+                    "INSTANCE_ALREADY_ON", "the instance is ON", subject=record.name, remedy=f"vtpm instance stop {record.name}"
+                )
+            values = {"state": InstanceState.ON.value, "failure": "", "boot_id": boot_id, "epoch": record.epoch + 1}
+            self._change(connection, instance, values, revision=revision)
+            return self._by_id(connection, instance)
+
+    def release(self, instance: uuid.UUID, epoch: int) -> InstanceRecord:
+        """Take an instance that is ON or FAILED under `epoch` to OFF.
+
+        Raises:
+            ConflictError: EPOCH_STALE.
+        """
+        return self._leave(instance, epoch, {"state": InstanceState.OFF.value, "failure": "", "boot_id": ""}, ("ON", "FAILED"))
+
+    def fail(self, instance: uuid.UUID, epoch: int, failure: Failure) -> InstanceRecord:
+        """Take an instance that is ON under `epoch` to FAILED.
+
+        Raises:
+            ConflictError: EPOCH_STALE.
+        """
+        values = {"state": InstanceState.FAILED.value, "failure": dump_failure(failure), "boot_id": ""}
+        return self._leave(instance, epoch, values, ("ON",))
+
+    def _leave(self, instance: uuid.UUID, epoch: int, values: dict[str, Any], from_states: tuple[str, ...]) -> InstanceRecord:
+        with self._writing() as connection:
+            record = self._by_id(connection, instance)
+            if record.epoch != epoch or record.state.value not in from_states:
+                raise ConflictError(
+                    "EPOCH_STALE",
+                    f"the instance is {record.state.value} under epoch {record.epoch}, not under {epoch}",
+                    subject=record.name,
+                    remedy="another owner has taken it over; nothing to do",
+                )
+            self._change(connection, instance, values)
+            return self._by_id(connection, instance)
+
+    def _change(
+        self, connection: sa.Connection, instance: uuid.UUID, values: dict[str, Any], *, revision: int | None = None
+    ) -> None:
+        query = sa.update(instances).where(instances.c.id == instance, instances.c.state != _DELETING)
+        if revision is not None:
+            query = query.where(instances.c.revision == revision)
+        changed = connection.execute(query.values(revision=instances.c.revision + 1, updated_at=now(), **values))
+        if changed.rowcount != 1:
+            record = self._by_id(connection, instance)
+            raise ConflictError(
+                "ETAG_MISMATCH", "the instance was changed meanwhile", subject=record.name, remedy="read it again and retry"
+            )
+
+    def commit(self, commits: Sequence[StateCommit]) -> Sequence[str]:
+        """See vtpm.store.commits.StateCommits.commit."""
+        return self._commits.commit(commits)
+
+    # ---- deletion --------------------------------------------------------------------------------------------------------
+
+    def delete(self, instance: uuid.UUID, revision: int | None) -> InstanceRecord:
+        """Delete an instance that is OFF or FAILED: its data key first, durably (crypto-erase), then the rest.
+
+        Raises:
+            FailedPreconditionError: INSTANCE_ON.
+        """
+        with self._writing() as connection:
+            record = self._by_id(connection, instance)
+            if record.state is InstanceState.ON:
+                raise FailedPreconditionError(
+                    "INSTANCE_ON", "an instance that is ON can't be deleted", subject=record.name,
+                    remedy=f"vtpm instance stop {record.name}",
+                )  # fmt: skip
+            self._change(connection, instance, {"state": _DELETING}, revision=revision)
+            connection.execute(sa.delete(data_keys).where(data_keys.c.instance == instance))
+            crash_point("delete.before_erase")
+        # The log would keep the old page until it is overwritten.
+        with database.errors(self._url), self._read_engine.connect() as connection:
+            connection.execution_options(isolation_level="AUTOCOMMIT").exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+        crash_point("delete.after_erase")
+        self._finish_deletions()
+        return record
+
+    def _finish_deletions(self) -> None:
+        with self._reading() as connection:
+            if connection.execute(sa.select(instances.c.id).where(instances.c.state == _DELETING).limit(1)).first() is None:
+                return
+        with self._writing() as connection:
+            doomed = sa.select(instances.c.id).where(instances.c.state == _DELETING).scalar_subquery()
+            for table in (states, labels, data_keys):
+                connection.execute(sa.delete(table).where(table.c.instance.in_(doomed)))
+            connection.execute(sa.delete(instances).where(instances.c.state == _DELETING))
+            crash_point("delete.before_commit")
+
+    # ---- key rotation ----------------------------------------------------------------------------------------------------
+
+    def wrapped_keys(self, after: uuid.UUID | None, limit: int) -> Sequence[tuple[uuid.UUID, WrappedKey]]:
+        """Return up to `limit` wrapped data keys ordered by instance, from behind `after`."""
+        query = sa.select(data_keys).order_by(data_keys.c.instance).limit(limit)
+        if after is not None:
+            query = query.where(data_keys.c.instance > after)
+        with self._reading() as connection:
+            return [(row.instance, WrappedKey(row.provider, row.key_id, row.blob)) for row in connection.execute(query)]
+
+    def rewrap(self, updates: Sequence[tuple[uuid.UUID, WrappedKey, WrappedKey]]) -> int:
+        """Replace each old wrapped key by its new one where it is still the old one; return how many. State is not touched."""
+        with self._writing() as connection:
+            changed = 0
+            for instance, old, new in updates:
+                query = sa.update(data_keys).where(data_keys.c.instance == instance, data_keys.c.blob == old.blob)
+                values = {"provider": new.provider, "key_id": new.key_id, "blob": new.blob}
+                changed += connection.execute(query.values(values)).rowcount
+            crash_point("rewrap.before_commit")
+        crash_point("rewrap.after_commit")
+        return changed
