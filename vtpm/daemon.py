@@ -27,6 +27,7 @@ from vtpm.config import Settings
 from vtpm.engine import sandbox
 from vtpm.engine.committer import Committer, CommitReport
 from vtpm.engine.libtpms_engine import ENGINE_NAME, LibtpmsEngine
+from vtpm.engine.stats import BUCKETS_NS
 from vtpm.errors import ConfigError, VtpmError
 from vtpm.instance.lifecycle import Lifecycle
 from vtpm.instance.manager import InstanceManager
@@ -71,7 +72,7 @@ class Daemon:
         async with contextlib.AsyncExitStack() as stack:
             for directory in (settings.state_dir, settings.runtime_dir):
                 stack.enter_context(owned_directory(directory))
-            metrics = Metrics()
+            metrics = Metrics(BUCKETS_NS)
             store = await asyncio.to_thread(Store.open, settings.store_url)
             stack.callback(store.close)
             keys = await asyncio.to_thread(

@@ -1,0 +1,108 @@
+"""What the API asks of the rooms below, as seams: the composition root passes the real things, tests pass small ones."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from vtpm.instance.model import (
+    CreateRequest,
+    HostInfo,
+    InstanceChange,
+    LabelChanges,
+    PcrValue,
+    PcrValues,
+    QuoteResult,
+)
+from vtpm.store.model import InstanceRecord
+from vtpm.tpm.pcr import PcrSelection
+
+
+class Instances(Protocol):
+    """The heart's one door (vtpm.instance.manager.InstanceManager). Every method raises VtpmError."""
+
+    async def create(self, request: CreateRequest) -> InstanceRecord:
+        """Manufacture a new instance, OFF."""
+
+    async def get(self, ref: str) -> InstanceRecord:
+        """Return one instance by id, name or `instances/…`."""
+
+    async def list(self, filter_text: str, page_size: int, after: uuid.UUID | None) -> Sequence[InstanceRecord]:
+        """Return up to `page_size` instances that match, ordered by id, from behind `after`."""
+
+    async def update_labels(self, ref: str, changes: LabelChanges, revision: int | None) -> InstanceRecord:
+        """Change labels."""
+
+    async def start(self, ref: str, *, startup_clear: bool, revision: int | None) -> InstanceRecord:
+        """Power on."""
+
+    async def stop(self, ref: str, *, revision: int | None) -> InstanceRecord:
+        """Power off."""
+
+    async def reset(self, ref: str, *, startup_clear: bool, revision: int | None) -> InstanceRecord:
+        """_TPM_Init."""
+
+    async def delete(self, ref: str, *, revision: int | None, allow_missing: bool) -> None:
+        """Delete an instance that is OFF or FAILED."""
+
+    def watch(self, filter_text: str) -> AsyncIterator[InstanceChange]:
+        """Yield what exists, then SYNCED, then every change."""
+
+    def subscribe(self, callback: Callable[[InstanceChange], None]) -> None:
+        """Call `callback` on the event loop with what runs now as EXISTING, then with every change."""
+
+    async def host(self) -> HostInfo:
+        """Describe what runs here."""
+
+    async def rotate_key(self) -> tuple[str, int]:
+        """Make a new key-encryption key; return its id and how many data keys were wrapped anew."""
+
+    def tpm_socket(self, record: InstanceRecord) -> Path | None:
+        """The data socket of the swtpm protocol, while the instance is ON."""
+
+    def guest_socket(self, record: InstanceRecord) -> Path | None:
+        """The instance's gRPC socket, while it is ON."""
+
+    async def execute(self, ref: str, command: bytes, locality: int) -> bytes:
+        """Run one raw command; a TPM_RC other than success is in the response."""
+
+    async def read_pcrs(self, ref: str, selections: tuple[PcrSelection, ...]) -> PcrValues:
+        """Read PCRs; an empty selection reads all of every allocated bank."""
+
+    async def quote(self, ref: str, selections: tuple[PcrSelection, ...], nonce: bytes) -> QuoteResult:
+        """Sign PCRs and `nonce` with the AK."""
+
+    async def measure(self, ref: str, pcr: int, data: bytes, event_type: int, event_data: bytes) -> tuple[PcrValue, ...]:
+        """Extend `pcr` in every bank and record the event."""
+
+    async def event_log(self, ref: str) -> bytes:
+        """Return what `measure` recorded since the last reset."""
+
+
+class ApiSettings(Protocol):
+    """What the API reads of vtpm.config.Settings."""
+
+    @property
+    def operator_socket(self) -> Path:
+        """Where operators connect."""
+
+    @property
+    def socket_group(self) -> str:
+        """Group that may use the operators' socket; empty for none."""
+
+    @property
+    def max_message_size_bytes(self) -> int:
+        """Largest request taken."""
+
+    @property
+    def otel_endpoint(self) -> str:
+        """OTLP endpoint for traces; empty for none."""
+
+
+class RequestMetrics(Protocol):
+    """What the API reports (vtpm.metrics.Metrics)."""
+
+    def observe_request(self, method: str, code: str, seconds: float) -> None:
+        """Count one gRPC call."""

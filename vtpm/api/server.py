@@ -1,0 +1,136 @@
+"""The daemon's gRPC front: the operators' server and one server per guest socket."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from typing import Final
+
+import grpc.aio
+import structlog
+from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
+from grpc_reflection.v1alpha.reflection_pb2_grpc import add_ServerReflectionServicer_to_server
+
+from vtpm.api.access import Access, GuestAccess, OperatorAccess
+from vtpm.api.drain import Drain
+from vtpm.api.guests import GuestServers
+from vtpm.api.health import HEALTH_SERVICE, REFLECTION_SERVICE, HealthServicer, ReflectionServicer
+from vtpm.api.host import HostServicer
+from vtpm.api.instances import InstanceServicer
+from vtpm.api.interceptors import CallInterceptor
+from vtpm.api.ports import ApiSettings, Instances, RequestMetrics
+from vtpm.api.sockets import admit_group, group_id, serve_on
+from vtpm.api.tpm import TpmServicer
+from vtpm.api.tracing import open_tracing
+from vtpm.api.v1.instance_pb2_grpc import add_HostServiceServicer_to_server, add_InstanceServiceServicer_to_server
+from vtpm.api.v1.tpm_pb2_grpc import add_TpmServiceServicer_to_server
+from vtpm.store.model import InstanceRecord
+
+log: Final = structlog.get_logger("vtpm.api")
+
+INSTANCE_SERVICE: Final = "vtpm.v1.InstanceService"
+HOST_SERVICE: Final = "vtpm.v1.HostService"
+TPM_SERVICE: Final = "vtpm.v1.TpmService"
+
+_KEEPALIVE_MS: Final = 60_000
+_KEEPALIVE_TIMEOUT_MS: Final = 20_000
+_SHORTEST_PING_INTERVAL_MS: Final = 10_000
+# A page of instances is the largest answer, and a single instance passes the page's own bound by little.
+_MAX_RESPONSE_BYTES: Final = 4 << 20
+_MAX_STREAMS_PER_CONNECTION: Final = 256
+# What one guest can have going at once: its worker runs one command after the other anyway.
+_MAX_GUEST_CALLS: Final = 32
+_GUEST_IDLE_MS: Final = 300_000
+
+
+class ApiServer:
+    """Serves the API from `start` until `drain` and `stop`."""
+
+    def __init__(self, instances: Instances, settings: ApiSettings, metrics: RequestMetrics) -> None:
+        self._instances = instances
+        self._settings = settings
+        self._metrics = metrics
+        self._drain = Drain()
+        self._guests = GuestServers(instances, self._guest_server)
+        self._tracing = open_tracing(settings.otel_endpoint)
+        self._operators: grpc.aio.Server | None = None
+
+    async def start(self) -> None:
+        """Listen for operators, then bring up the guest sockets of what runs already.
+
+        Raises:
+            ConfigError: a setting can't be used.
+            UnavailableError: the socket can't be made.
+        """
+        path = self._settings.operator_socket
+        group = group_id(self._settings.socket_group)
+        self._operators = self._operator_server()
+        await serve_on(self._operators, path, group)
+        if group is not None:
+            admit_group(path.parent, group)
+        self._guests.follow()
+        log.info("api.listening", socket=str(path), group=self._settings.socket_group)
+
+    async def drain(self, grace_s: float) -> None:
+        """Take no new calls, end streams that only wait, and let what runs finish, at most `grace_s`."""
+        deadline = time.monotonic() + grace_s
+        self._drain.begin()
+        # Who watches the health service is told before the connections close.
+        await asyncio.sleep(0)
+        await asyncio.gather(self._stop_operators(grace_s), self._guests.close(grace_s))
+        # Operations whose caller has gone are finished too.
+        await self._drain.operations_finished(max(0.0, deadline - time.monotonic()))
+
+    async def stop(self) -> None:
+        """End everything at once."""
+        self._drain.begin()
+        await asyncio.gather(self._stop_operators(None), self._guests.close(None))
+        await self._drain.cut()
+        await asyncio.to_thread(self._tracing.close)
+
+    async def _stop_operators(self, grace_s: float | None) -> None:
+        server, self._operators = self._operators, None
+        if server is not None:
+            with contextlib.suppress(OSError):
+                self._settings.operator_socket.unlink()
+            await server.stop(grace_s)
+
+    def _operator_server(self) -> grpc.aio.Server:
+        access = OperatorAccess()
+        server = self._server(access, [("grpc.max_concurrent_streams", _MAX_STREAMS_PER_CONNECTION)], None)
+        add_InstanceServiceServicer_to_server(InstanceServicer(self._instances, self._drain, self._guests.settled), server)
+        add_HostServiceServicer_to_server(HostServicer(self._instances, self._drain), server)
+        add_TpmServiceServicer_to_server(TpmServicer(self._instances, self._drain, access), server)
+        self._add_common(server, INSTANCE_SERVICE, HOST_SERVICE, TPM_SERVICE)
+        return server
+
+    def _guest_server(self, record: InstanceRecord) -> grpc.aio.Server:
+        access = GuestAccess(record.id, record.name)
+        options = [("grpc.max_connection_idle_ms", _GUEST_IDLE_MS), ("grpc.max_concurrent_streams", _MAX_GUEST_CALLS)]
+        server = self._server(access, options, _MAX_GUEST_CALLS)
+        add_TpmServiceServicer_to_server(TpmServicer(self._instances, self._drain, access), server)
+        self._add_common(server, TPM_SERVICE)
+        return server
+
+    def _server(self, access: Access, options: list[tuple[str, int]], max_calls: int | None) -> grpc.aio.Server:
+        return grpc.aio.server(
+            interceptors=[CallInterceptor(access, self._metrics, self._tracing)],
+            maximum_concurrent_rpcs=max_calls,
+            options=[
+                ("grpc.max_receive_message_length", self._settings.max_message_size_bytes),
+                ("grpc.max_send_message_length", _MAX_RESPONSE_BYTES),
+                # On a unix socket only a client that has stopped reading is ever found dead.
+                ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
+                ("grpc.keepalive_timeout_ms", _KEEPALIVE_TIMEOUT_MS),
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.http2.min_ping_interval_without_data_ms", _SHORTEST_PING_INTERVAL_MS),
+                ("grpc.so_reuseport", 0),
+                *options,
+            ],
+        )
+
+    def _add_common(self, server: grpc.aio.Server, *services: str) -> None:
+        add_HealthServicer_to_server(HealthServicer(services, self._drain), server)
+        names = (*services, HEALTH_SERVICE, REFLECTION_SERVICE)
+        add_ServerReflectionServicer_to_server(ReflectionServicer(names, self._drain), server)
