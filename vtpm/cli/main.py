@@ -1,0 +1,129 @@
+"""The `vtpm` command."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from click.exceptions import ClickException
+
+from vtpm import __version__
+from vtpm.api.v1 import instance_pb2 as pb
+from vtpm.cli import exits, instances, output, tpm
+from vtpm.cli.context import OutputOption, Place, cli_settings, connected, fail, say
+from vtpm.cli.output import Format
+from vtpm.errors import VtpmError
+
+_EPILOG = "Exit codes: " + "; ".join(f"{code} {meaning}" for code, meaning in exits.MEANINGS) + "."
+
+app = typer.Typer(no_args_is_help=True, epilog=_EPILOG, pretty_exceptions_enable=False, help="A TPM 2.0 for every VM.")
+key_app = typer.Typer(no_args_is_help=True, help="The key-encryption key.")
+host_app = typer.Typer(no_args_is_help=True, help="The daemon and its host.")
+config_app = typer.Typer(no_args_is_help=True, help="The configuration.")
+app.add_typer(instances.app, name="instance")
+app.add_typer(key_app, name="key")
+app.add_typer(host_app, name="host")
+app.add_typer(config_app, name="config")
+tpm.register(app)
+
+ConfigFileOption = Annotated[Path | None, typer.Option("--config-file", help="The TOML file; default: as the daemon.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"vtpm {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    state_dir: Annotated[Path | None, typer.Option(help="As the daemon's; or VTPM_STATE_DIR.")] = None,
+    runtime_dir: Annotated[Path | None, typer.Option(help="As the daemon's; or VTPM_RUNTIME_DIR.")] = None,
+    address: Annotated[str, typer.Option(help="gRPC target to use instead of the runtime directory's socket.")] = "",
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """A TPM 2.0 for every VM."""
+    Place.state_dir, Place.runtime_dir, Place.address = state_dir, runtime_dir, address
+
+
+@key_app.command()
+def rotate(form: OutputOption = Format.TABLE) -> None:
+    """Make a new key-encryption key and wrap every data key with it; sealed states are not touched."""
+    with connected() as client:
+        made: pb.RotateKeyResponse = client.call(client.host.RotateKey, pb.RotateKeyRequest())
+    _print({"key_id": made.key_id, "rewrapped": made.rewrapped}, form)
+
+
+@host_app.command("show")
+def show_host(form: OutputOption = Format.TABLE) -> None:
+    """Show what runs here."""
+    with connected() as client:
+        host: pb.Host = client.call(client.host.GetHost, pb.GetHostRequest())
+    value = {
+        "version": host.version,
+        "start_time": host.start_time.ToJsonString(),
+        "instances": dict(host.instances),
+        "engines": [
+            {"name": item.name, "version": item.version, "available": item.available, "hibernation": item.hibernation}
+            for item in host.engines
+        ],
+        "key_provider": host.key_provider,
+        "key_id": host.key_id,
+        "state_dir": host.state_dir,
+        "runtime_dir": host.runtime_dir,
+        "engine_host_pid": host.engine_host_pid,
+    }
+    if form is Format.TABLE:
+        value["instances"] = ", ".join(f"{state} {count}" for state, count in host.instances.items())
+        value["engines"] = ", ".join(f"{item.name} {item.version}".strip() for item in host.engines if item.available)
+    _print(value, form)
+
+
+@config_app.command()
+def check(config_file: ConfigFileOption = None) -> None:
+    """Check the configuration as the daemon would read it."""
+    settings = _settings(config_file)
+    say(f"the configuration is fine: state in {settings.state_dir}, sockets in {settings.runtime_dir}")
+
+
+@config_app.command("show")
+def show_config(config_file: ConfigFileOption = None, form: OutputOption = Format.TABLE) -> None:
+    """Show every setting in force."""
+    _print(_settings(config_file).model_dump(mode="json"), form)
+
+
+def _settings(config_file: Path | None):  # type: ignore[no-untyped-def]  # noqa: ANN202  # imported late: pydantic costs start-up time
+    from vtpm.config import Settings
+
+    given = cli_settings()
+    if config_file is not None:
+        given["config_file"] = config_file
+    return Settings.load(given)
+
+
+def _print(value: dict[str, object], form: Format) -> None:
+    if form is Format.TABLE:
+        output.mapping(value)
+    else:
+        output.emit(value, form)
+
+
+def main() -> None:
+    """Run the command; every error ends in one line and an exit code."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    try:
+        sys.exit(app(standalone_mode=False) or exits.OK)
+    except VtpmError as error:
+        fail(error)
+    except ClickException as error:
+        error.show()
+        sys.exit(exits.USAGE)
+    except (KeyboardInterrupt, typer.Abort):
+        say("interrupted")
+        sys.exit(exits.INTERRUPTED)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(exits.OK)

@@ -1,0 +1,153 @@
+"""`vtpm quote`, `pcrs`, `measure`, `eventlog`, `execute`: one instance's TPM."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+from vtpm.api.v1 import tpm_pb2 as pb
+from vtpm.cli import output
+from vtpm.cli.context import NameArgument, OutputOption, connected, say
+from vtpm.cli.output import Format
+from vtpm.errors import InvalidArgumentError
+from vtpm.tpm.codes import response_code_name
+from vtpm.tpm.command import HEADER_SIZE, parse_header
+from vtpm.tpm.pcr import PcrSelection, parse_selection, to_tpm2_tools_pcrs
+
+_DEFAULT_PCRS: Final = "sha256:0-7"
+_MAX_FILE_SIZE: Final = 1 << 20
+
+PcrsOption = Annotated[str, typer.Option(help="Such as sha256:0-7,10+sha384:all")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add these commands to the top level."""
+    for command in (quote, pcrs, measure, eventlog, execute):
+        app.command()(command)
+
+
+def _to_proto(selections: Sequence[PcrSelection]) -> list[pb.PcrSelection]:
+    return [pb.PcrSelection(hash_algorithm=item.bank.hash_name, indices=item.indices) for item in selections]
+
+
+def _hex(text: str, what: str) -> bytes:
+    try:
+        return bytes.fromhex(text)
+    except ValueError:
+        raise InvalidArgumentError("HEX_INVALID", f"{what} must be hexadecimal", subject=text[:80]) from None
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write `path` as one step, so that nobody finds half a file.
+
+    Raises:
+        InvalidArgumentError: FILE_UNWRITABLE.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise InvalidArgumentError("FILE_UNWRITABLE", f"can't be written: {error.strerror}", subject=str(path)) from None
+
+
+def quote(
+    name: NameArgument,
+    out: Annotated[Path, typer.Option(help="Directory to write quote.msg, quote.sig, ak.pem and pcrs.bin to.")],
+    pcrs: PcrsOption = _DEFAULT_PCRS,
+    nonce: Annotated[str, typer.Option(help="qualifyingData in hexadecimal, at most 64 bytes; choose it fresh.")] = "",
+) -> None:
+    """Sign PCRs and a nonce with the instance's AK; the files are what tpm2_checkquote takes."""
+    selections = parse_selection(pcrs)
+    request = pb.QuoteRequest(instance=name, selections=_to_proto(selections), nonce=_hex(nonce, "--nonce"))
+    with connected() as client:
+        made: pb.QuoteResponse = client.call(client.tpm.Quote, request)
+    write_file(out / "quote.msg", made.attest)
+    write_file(out / "quote.sig", made.signature)
+    write_file(out / "ak.pem", made.ak_public_pem.encode())
+    write_file(out / "pcrs.bin", to_tpm2_tools_pcrs(selections, [value.digest for value in made.values]))
+    say(f"wrote quote.msg, quote.sig, ak.pem and pcrs.bin to {out}")
+
+
+def pcrs(
+    name: NameArgument,
+    pcrs: Annotated[str, typer.Option(help="Such as sha256:0-7,10+sha384:all; default: all that is allocated.")] = "",
+    form: OutputOption = Format.TABLE,
+) -> None:
+    """Read PCRs."""
+    selections = _to_proto(parse_selection(pcrs)) if pcrs else []
+    with connected() as client:
+        made: pb.ReadPcrsResponse = client.call(client.tpm.ReadPcrs, pb.ReadPcrsRequest(instance=name, selections=selections))
+    _print_values(made.values, form)
+
+
+def _print_values(values: Sequence[pb.PcrValue], form: Format) -> None:
+    if form is Format.TABLE:
+        output.table(("PCR", "VALUE"), ((f"{value.hash_algorithm}:{value.index}", value.digest.hex()) for value in values))
+        return
+    banks: dict[str, dict[str, str]] = {}
+    for value in values:
+        banks.setdefault(value.hash_algorithm, {})[str(value.index)] = value.digest.hex()
+    output.emit(banks, form)
+
+
+def measure(
+    name: NameArgument,
+    pcr: Annotated[int, typer.Argument(min=0, max=23, help="PCR index.")],
+    file: Annotated[Path, typer.Argument(help="What to measure; - for standard input.")],
+    event: Annotated[str, typer.Option(help="Text recorded with the event; default: the file's name.")] = "",
+    form: OutputOption = Format.TABLE,
+) -> None:
+    """Extend a PCR with a file's digests and record the event."""
+    try:
+        if str(file) == "-":
+            data = sys.stdin.buffer.read(_MAX_FILE_SIZE + 1)
+        else:
+            with file.open("rb") as source:
+                data = source.read(_MAX_FILE_SIZE + 1)
+    except OSError as error:
+        raise InvalidArgumentError("FILE_UNREADABLE", f"can't be read: {error.strerror}", subject=str(file)) from None
+    if len(data) > _MAX_FILE_SIZE:
+        raise InvalidArgumentError("DATA_TOO_LARGE", "at most 1 MiB can be measured", subject=str(file), remedy="measure its digest")
+    text = event or (file.name if str(file) != "-" else "stdin")
+    with connected() as client:
+        request = pb.MeasureRequest(instance=name, pcr=pcr, data=data, event_data=text.encode())
+        made: pb.MeasureResponse = client.call(client.tpm.Measure, request)
+    _print_values(made.values, form)
+
+
+def eventlog(
+    name: NameArgument, out: Annotated[Path | None, typer.Option(help="File to write; default: standard output.")] = None
+) -> None:
+    """Get what was measured since the last reset, as a TCG event log (for tpm2_eventlog)."""
+    with connected() as client:
+        made: pb.GetEventLogResponse = client.call(client.tpm.GetEventLog, pb.GetEventLogRequest(instance=name))
+    if out is not None:
+        write_file(out, made.event_log)
+    elif sys.stdout.isatty():
+        sys.stdout.write(made.event_log.hex() + "\n")
+    else:
+        sys.stdout.buffer.write(made.event_log)
+
+
+def execute(
+    name: NameArgument,
+    command: Annotated[str, typer.Argument(help="A whole TPM 2.0 command in hexadecimal.")],
+    locality: Annotated[int, typer.Option(min=0, max=4)] = 0,
+) -> None:
+    """Run one raw TPM command and print the response in hexadecimal; its TPM_RC goes to standard error."""
+    request = pb.ExecuteRequest(instance=name, command=_hex(command, "the command"), locality=locality)
+    with connected() as client:
+        made: pb.ExecuteResponse = client.call(client.tpm.Execute, request)
+    sys.stdout.write(made.response.hex() + "\n")
+    if len(made.response) >= HEADER_SIZE:
+        say(response_code_name(parse_header(made.response).code))
