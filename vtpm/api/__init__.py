@@ -1,0 +1,1 @@
+"""gRPC front: protos in, values of the instance room out; no logic of instances lives here."""

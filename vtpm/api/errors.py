@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Final
 import grpc
 import structlog
 from google.protobuf import any_pb2
-from google.rpc import error_details_pb2, status_pb2
-from grpc_status import rpc_status
+from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped, unused-ignore]
+from grpc_status import rpc_status  # type: ignore[import-untyped, unused-ignore]
 
 from vtpm.errors import ErrorKind, VtpmError
 
@@ -63,7 +63,8 @@ def status_of_unexpected(error: Exception, method: str) -> Status:
 def _status(code: grpc.StatusCode, message: str, reason: str, metadata: dict[str, str]) -> Status:
     detail = any_pb2.Any()
     detail.Pack(error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN, metadata=metadata))
-    return rpc_status.to_status(status_pb2.Status(code=code.value[0], message=message, details=[detail]))
+    status: Status = rpc_status.to_status(status_pb2.Status(code=code.value[0], message=message, details=[detail]))
+    return status
 
 
 def _bounded(text: str, limit: int) -> str:

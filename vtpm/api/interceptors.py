@@ -1,7 +1,7 @@
 """What surrounds every call: errors, the audit log, metrics, tracing.
 
-One interceptor does all four, as they all need the same thing: how the call ended. It also decodes requests and encodes responses
-itself, so that a malformed message is an error like any other and nothing that goes wrong is left to grpc.aio to describe.
+One interceptor does all four, as they all need the same thing: how the call ended. It also decodes requests and encodes
+responses itself, so that a malformed message is an error like any other and nothing is left to grpc.aio to describe.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import grpc
 import grpc.aio
@@ -46,7 +46,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: grpc.HandlerCallDetails
     ) -> Any:
         """Return the handler of a method, surrounded; None for an unknown method, which gRPC answers itself."""
-        method = cast("str", handler_call_details.method)
+        method = handler_call_details.method
         wrapped = self._wrapped.get(method)
         if wrapped is None:
             handler = await continuation(handler_call_details)

@@ -19,28 +19,17 @@ _UMASK_OWNER_ONLY: Final = 0o177
 async def serve_on(server: grpc.aio.Server, path: Path, group: int | None = None) -> None:
     """Start `server` on the unix socket `path`: 0600, or 0660 with the group id `group`. An old socket is replaced.
 
-    The socket is bound under a name that nobody looks for and gets its own name when all is ready. So `path` is either absent, or
-    an old socket, or this server; and gRPC, which removes the name that it bound when a server ends, can't remove a successor's.
+    The socket is bound under a name that nobody looks for and gets its own name when all is ready. So `path` is either
+    absent, or an old socket, or this server; and gRPC, which removes the name that it bound when a server ends, can't
+    remove a successor's.
 
     Raises:
         ConfigError: SOCKET_PATH_TAKEN, there is something else than a socket.
         UnavailableError: SOCKET_FAILED.
     """
-    if path.exists() and not stat.S_ISSOCK(path.lstat().st_mode):
-        raise ConfigError(
-            "SOCKET_PATH_TAKEN", "there is something else than a socket", subject=str(path), remedy="move it away"
-        )
     bound = path.with_name(f".{path.name[:3]}")
     try:
-        bound.unlink(missing_ok=True)
-        previous = os.umask(_UMASK_OWNER_ONLY)
-        try:
-            server.add_insecure_port(f"unix:{quote(str(bound))}")
-        finally:
-            os.umask(previous)
-        if group is not None:
-            os.chown(bound, -1, group)
-            bound.chmod(0o660)
+        _bind(server, path, bound, group)
         await server.start()
         bound.rename(path)
     except (OSError, RuntimeError) as error:
@@ -52,6 +41,22 @@ async def serve_on(server: grpc.aio.Server, path: Path, group: int | None = None
             subject=str(path),
             remedy="check the directory's owner, mode and free space, and the limit of open files",
         ) from error
+
+
+def _bind(server: grpc.aio.Server, path: Path, bound: Path, group: int | None) -> None:
+    if path.exists() and not stat.S_ISSOCK(path.lstat().st_mode):
+        raise ConfigError(
+            "SOCKET_PATH_TAKEN", "there is something else than a socket", subject=str(path), remedy="move it away"
+        )
+    bound.unlink(missing_ok=True)
+    previous = os.umask(_UMASK_OWNER_ONLY)
+    try:
+        server.add_insecure_port(f"unix:{quote(str(bound))}")
+    finally:
+        os.umask(previous)
+    if group is not None:
+        os.chown(bound, -1, group)
+        bound.chmod(0o660)
 
 
 def group_id(name: str) -> int | None:
