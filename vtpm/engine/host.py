@@ -16,12 +16,13 @@ import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from vtpm import __version__
 from vtpm.engine import sandbox
 from vtpm.engine.libtpms import Libtpms
 from vtpm.engine.operations import Operations
+from vtpm.engine.rehearsal import rehearse
 from vtpm.engine.v1 import link_pb2 as pb
 from vtpm.engine.worker import Worker
 
@@ -80,6 +81,7 @@ class EngineHost:
 
     def run(self) -> None:
         """Serve until a daemon says Quit."""
+        rehearse(self._tpm, self._operations)
         # What is here now is shared by all workers: keep the collector from touching, and so copying, those pages.
         gc.collect()
         gc.freeze()
@@ -249,24 +251,12 @@ def main(arguments: list[str]) -> int:
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGPIPE):
         signal.signal(number, signal.SIG_IGN)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, listener_fd)
-    _warm_up()
     try:
         EngineHost(listener, memory_limit=memory_limit).run()
     finally:
         with contextlib.suppress(OSError):
             path.unlink()
     return 0
-
-
-def _warm_up() -> None:
-    """Touch what workers use, so that they share it instead of each making its own."""
-    import uuid
-
-    from vtpm.seal.envelope import Place, StateKind, seal, unseal
-
-    place = Place(uuid.UUID(int=0), StateKind.PERMANENT, 0, 0)
-    key: Any = os.urandom(32)
-    unseal(key, place, seal(key, place, b"warm"))
 
 
 if __name__ == "__main__":

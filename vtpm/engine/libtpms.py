@@ -38,6 +38,7 @@ TPM_RESULT TPM_Malloc(unsigned char **buffer, uint32_t size);
 void TPM_Free(unsigned char *buffer);
 """)
 
+_buffer: Final[Any] = _ffi.buffer
 _TPM_SUCCESS: Final = 0
 _TPM_FAIL: Final = 9
 _TPM_RETRY: Final = 0x800
@@ -73,6 +74,7 @@ class Libtpms:
         # One command buffer for the life of the process: a guest's command is received straight into it.
         self.command = bytearray(MAX_COMMAND_SIZE)
         self._command: Any = _ffi.from_buffer(self.command)
+        self._process: Any = self._lib.TPMLIB_Process
         self._register()
 
     @property
@@ -184,6 +186,11 @@ class Libtpms:
             self._volatile = None
         self._on = True
 
+    def forget(self) -> None:
+        """Power off and forget the state, so that this process can take another TPM."""
+        self.power_off()
+        self.permanent, self.dirty, self.locality = None, False, 0
+
     def power_off(self) -> None:
         """Drop volatile state; the permanent state stays in `permanent`."""
         if self._on:
@@ -192,10 +199,11 @@ class Libtpms:
 
     def process_in_place(self, size: int) -> Any:
         """Run the `size` bytes in `command`; return the response as a buffer that is valid until the next call."""
-        result = self._lib.TPMLIB_Process(self._response, self._response_size, self._buffer_size, self._command, size)
-        if result != _TPM_SUCCESS:
+        response, response_size = self._response, self._response_size
+        result = self._process(response, response_size, self._buffer_size, self._command, size)
+        if result:
             self._check(result, "TPMLIB_Process")
-        return _ffi.buffer(self._response[0], self._response_size[0])
+        return _buffer(response[0], response_size[0])
 
     def process(self, command: bytes) -> bytes:
         """Run one command of at most 4096 bytes; return the response.

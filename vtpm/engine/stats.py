@@ -7,7 +7,6 @@ from typing import Final
 
 from vtpm.engine.v1 import link_pb2 as pb
 from vtpm.tpm.codes import CommandCode
-from vtpm.tpm.command import HEADER, HEADER_SIZE
 
 # Upper bounds of the latency buckets in nanoseconds; a last bucket takes the rest.
 BUCKETS_NS: Final = (10_000, 30_000, 100_000, 300_000, 1_000_000, 3_000_000, 10_000_000, 100_000_000, 1_000_000_000)
@@ -22,9 +21,8 @@ class CommandStats:
     def __init__(self) -> None:
         self._rows: dict[int, list[int]] = {}
 
-    def add(self, command: bytearray, size: int, nanos: int) -> None:
-        """Count one command of `size` bytes that took `nanos`."""
-        ordinal = HEADER.unpack_from(command)[2] if size >= HEADER_SIZE else UNKNOWN_ORDINAL
+    def add(self, ordinal: int, nanos: int) -> None:
+        """Count one command that took `nanos`."""
         row = self._rows.get(ordinal)
         if row is None:
             if ordinal not in _KNOWN:

@@ -15,7 +15,7 @@ import uuid
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from vtpm.engine.framing import FrameReader, frame
-from vtpm.engine.stats import CommandStats
+from vtpm.engine.stats import UNKNOWN_ORDINAL, CommandStats
 from vtpm.engine.v1 import link_pb2 as pb
 from vtpm.errors import FailedPreconditionError, InvalidArgumentError, TpmError, VtpmError
 from vtpm.seal.envelope import Place, StateKind, seal, unseal
@@ -86,6 +86,8 @@ class Worker:
         self._version = 0
         self._commit_timeout_s = 60.0
         self._events = bytearray()
+        # Whether the service sent TPM2_Startup; then it sends TPM2_Shutdown too, so that the TPM goes down orderly.
+        self._started_here = False
         self._requests: dict[str, Callable[[pb.WorkerRequest, pb.WorkerReply], None]] = {
             "manufacture": self._manufacture,
             "load": self._load,
@@ -116,11 +118,7 @@ class Worker:
         status = EXIT_TPM_FAILED
         try:
             while True:
-                timeout = -1.0 if not self._partial else 1.0
-                for fd, _event in self._epoll.poll(timeout, 8):
-                    handler = self._handlers.get(fd)
-                    if handler is not None:
-                        handler()
+                self.turn(1.0 if self._partial else -1.0)
                 if self._partial:
                     self._drop_stalled()
         except _Exit as end:
@@ -128,6 +126,22 @@ class Worker:
         except BaseException as error:  # noqa: BLE001  # the last frame of the process: say what it was, never what it held
             sys.stderr.write(f"worker {self._instance}: {type(error).__name__}\n")
         os._exit(status)
+
+    def turn(self, timeout_s: float) -> None:
+        """Wait for at most `timeout_s` (negative: for ever) and serve what is ready."""
+        handlers = self._handlers
+        for fd, _event in self._epoll.poll(timeout_s, 8):
+            handler = handlers.get(fd)
+            if handler is not None:
+                handler()
+
+    def rehearse_connection(self, connection: socket.socket) -> Callable[[], None]:
+        """Return the handler of a data connection, for vtpm.engine.rehearsal."""
+        return self._data_handler(connection, connection.fileno())
+
+    def end_rehearsal(self) -> None:
+        """Let go of what a rehearsal opened."""
+        self._epoll.close()
 
     # ---- the VM's data channel -------------------------------------------------------------------------------------------
 
@@ -143,29 +157,46 @@ class Worker:
         connection.setblocking(False)
         fd = connection.fileno()
         self._connections[fd] = connection
-        self._watch(connection, lambda: self._on_data(connection, fd))
+        self._watch(connection, self._data_handler(connection, fd))
 
-    def _on_data(self, connection: socket.socket, fd: int) -> None:
-        command = self._tpm.command
-        try:
-            size = connection.recv_into(command)
-        except BlockingIOError:
-            return
-        except OSError:
-            size = 0
-        if size == 0:
-            self._drop(fd)
-        elif fd not in self._partial and size >= HEADER_SIZE and HEADER.unpack_from(command)[1] == size:
-            self._answer(connection, fd, self._execute(size))
-        else:
-            self._on_pieces(connection, fd, bytes(memoryview(command)[:size]))
+    def _data_handler(self, connection: socket.socket, fd: int) -> Callable[[], None]:
+        """Return what serves a readable data connection. The way of nearly every command, so names are bound once."""
+        command, partial = self._tpm.command, self._partial
+        receive_into, send = connection.recv_into, connection.send
+        header_of, execute = HEADER.unpack_from, self._execute
+
+        def on_data() -> None:
+            try:
+                size = receive_into(command)
+            except BlockingIOError:
+                return
+            except OSError:
+                size = 0
+            if size >= HEADER_SIZE and fd not in partial:
+                _tag, announced, ordinal = header_of(command)
+                if announced == size:
+                    response = execute(size, ordinal)
+                    try:
+                        if send(response) == len(response):
+                            return
+                    except OSError:
+                        size = 0
+                    # A client that asks and never reads, or is gone; the TPM waits for nobody.
+                    self._drop(fd)
+                    return
+            if size == 0:
+                self._drop(fd)
+            else:
+                self._on_pieces(connection, fd, bytes(memoryview(command)[:size]))
+
+        return on_data
 
     def _on_pieces(self, connection: socket.socket, fd: int, data: bytes) -> None:
         """The slow way: half commands, several at once, or nonsense. Nothing of a guest's bytes is trusted here."""
         buffer, since = self._partial.pop(fd, (bytearray(), time.monotonic()))
         buffer += data
         while len(buffer) >= HEADER_SIZE and fd in self._connections:
-            size = HEADER.unpack_from(buffer)[1]
+            _tag, size, ordinal = HEADER.unpack_from(buffer)
             if not HEADER_SIZE <= size <= MAX_COMMAND_SIZE:
                 # The stream can't be framed any more: answer as the TPM would and close.
                 self._answer(connection, fd, error_response(TPM_RC_COMMAND_SIZE))
@@ -175,7 +206,7 @@ class Worker:
                 break
             self._tpm.command[:size] = buffer[:size]
             del buffer[:size]
-            self._answer(connection, fd, self._execute(size))
+            self._answer(connection, fd, self._execute(size, ordinal))
             since = time.monotonic()
         if buffer and fd in self._connections:
             self._partial[fd] = (buffer, since)
@@ -200,14 +231,14 @@ class Worker:
         for fd in [fd for fd, (_, since) in self._partial.items() if since < oldest]:
             self._drop(fd)
 
-    def _execute(self, size: int) -> Buffer:
+    def _execute(self, size: int, ordinal: int) -> Buffer:
         """Run the command in the TPM's buffer; the response is valid until the next command."""
         tpm = self._tpm
         start = time.perf_counter_ns()
         response = tpm.process_in_place(size)
         if tpm.dirty:
             self._commit()
-        self._stats.add(tpm.command, size, time.perf_counter_ns() - start)
+        self._stats.add(ordinal, time.perf_counter_ns() - start)
         return response
 
     # ---- sealed state ----------------------------------------------------------------------------------------------------
@@ -348,6 +379,7 @@ class Worker:
         self._events.clear()
         if startup_clear:
             self._operations.startup_clear()
+        self._started_here = startup_clear
 
     def _run_command(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:
         command, tpm = request.execute.command, self._tpm
@@ -356,7 +388,8 @@ class Worker:
         guest_locality, tpm.locality = tpm.locality, request.execute.locality
         try:
             tpm.command[: len(command)] = command
-            reply.executed.response = bytes(self._execute(len(command)))
+            ordinal = HEADER.unpack_from(command)[2] if len(command) >= HEADER_SIZE else UNKNOWN_ORDINAL
+            reply.executed.response = bytes(self._execute(len(command), ordinal))
         finally:
             tpm.locality = guest_locality
 
@@ -406,6 +439,10 @@ class Worker:
         self._stats.drain(reply.status)
 
     def _stop(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:
+        if self._started_here:
+            self._operations.shutdown_clear()
+            if self._tpm.dirty:
+                self._commit()
         reply.done.SetInParent()
         self._ops.sendall(frame(reply.SerializeToString()))
         raise _Exit(EXIT_STOPPED)
