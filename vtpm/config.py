@@ -1,4 +1,7 @@
-"""Typed settings: flags over environment (`VTPM_…`) over a TOML file over defaults. docs/configuration.md is made from this model."""
+"""Typed settings: flags over environment (`VTPM_…`) over a TOML file over defaults.
+
+docs/configuration.md is made from this model.
+"""
 
 from __future__ import annotations
 
@@ -57,28 +60,37 @@ class Settings(BaseSettings):
     store_url: str = Field(default="", description="Database of the store; default: `vtpm.db` in the state directory.")
     key_provider: str = Field(default="file", description="Key provider that wraps the data keys, by its entry point name.")
     key_provider_options: dict[str, str] = Field(
-        default_factory=dict, description="Options of the key provider; `file` knows `path`, the key file. JSON in a flag or variable."
+        default_factory=dict,
+        description="Options of the key provider; `file` knows `path`, the key file. JSON in a flag or variable.",
     )
     default_engine: Literal["libtpms", "tpm_server"] = Field(
         default="libtpms", description="Engine of instances that are created without naming one."
     )
     tpm_server_path: str = Field(
-        default="tpm_server", description="IBM's TPM simulator, for instances of the engine `tpm_server`; a path, or a name on PATH."
+        default="tpm_server",
+        description="IBM's TPM simulator, for instances of the engine `tpm_server`; a path, or a name on PATH.",
     )
     commit_timeout_s: float = Field(
-        default=60, gt=0, le=3600, description="How long a command that changed NV waits to become durable before its instance is FAILED."
+        default=60,
+        gt=0,
+        le=3600,
+        description="How long a command that changed NV waits to become durable before its instance is FAILED.",
     )
     command_timeout_s: float = Field(
         default=30, gt=0, le=3600, description="How long a worker may take to stop when asked, before it is killed."
     )
-    drain_timeout_s: float = Field(default=10, ge=0, le=3600, description="How long running calls may take when the daemon stops.")
+    drain_timeout_s: float = Field(
+        default=10, ge=0, le=3600, description="How long running calls may take when the daemon stops."
+    )
     max_running: int = Field(default=0, ge=0, description="How many instances may be ON at once; 0: no limit.")
     worker_memory_limit_mb: int = Field(default=256, ge=64, le=4096, description="Bound of a worker's data segment in MiB.")
     max_message_size_bytes: int = Field(default=4 << 20, ge=64 << 10, le=64 << 20, description="Largest gRPC message.")
     log_format: Literal["auto", "json", "console"] = Field(
         default="auto", description="How to log; `auto` writes for people on a terminal and JSON elsewhere."
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="Least important events to log.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="Least important events to log."
+    )
     metrics_address: str = Field(default="", description="`host:port` of the Prometheus metrics; empty: none.")
     otel_endpoint: str = Field(
         default="", description="OTLP/gRPC endpoint for traces of gRPC calls, such as `http://127.0.0.1:4317`; empty: none."
@@ -163,7 +175,10 @@ def _read_file(path: Path, *, required: bool) -> dict[str, Any]:
         if not required:
             return {}
         raise ConfigError(
-            "CONFIG_FILE_MISSING", "the configuration file does not exist", subject=str(path), remedy="check --config-file or VTPM_CONFIG_FILE"
+            "CONFIG_FILE_MISSING",
+            "the configuration file does not exist",
+            subject=str(path),
+            remedy="check --config-file or VTPM_CONFIG_FILE",
         ) from None
     except OSError as error:
         raise ConfigError("CONFIG_FILE_UNREADABLE", f"the file can't be read: {error.strerror}", subject=str(path)) from None

@@ -1,7 +1,7 @@
 """Composition root: reads the configuration, builds the parts, runs them, shuts down in order.
 
-Order of the end: no new calls, running calls finish (drain), commits in flight finish, the store closes. What is powered on runs on
-with the engine host, and the next daemon takes it over.
+Order of the end: no new calls, running calls finish (drain), commits in flight finish, the store closes. What is powered on
+runs on with the engine host, and the next daemon takes it over.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from vtpm import __version__
 from vtpm.api.server import ApiServer
 from vtpm.config import Settings
 from vtpm.engine import sandbox
-from vtpm.engine.committer import Committer, CommitReport
+from vtpm.engine.committer import CommitReport, Committer
 from vtpm.engine.libtpms_engine import ENGINE_NAME, LibtpmsEngine
 from vtpm.engine.stats import BUCKETS_NS
 from vtpm.errors import ConfigError, VtpmError
@@ -155,8 +155,10 @@ def owned_directory(path: Path) -> Iterator[None]:
         status = path.stat()
         if status.st_uid != os.geteuid():
             raise ConfigError(
-                "DIRECTORY_OWNER", f"the directory belongs to uid {status.st_uid}, the daemon runs as {os.geteuid()}",
-                subject=str(path), remedy="run as its owner, or give another directory",
+                "DIRECTORY_OWNER",
+                f"the directory belongs to uid {status.st_uid}, the daemon runs as {os.geteuid()}",
+                subject=str(path),
+                remedy="run as its owner, or give another directory",
             )
         if status.st_mode & 0o022:
             raise ConfigError(
@@ -165,7 +167,9 @@ def owned_directory(path: Path) -> Iterator[None]:
         lock = os.open(path / "daemon.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
         raise ConfigError(
-            "DIRECTORY_UNUSABLE", f"the directory can't be used: {error.strerror}", subject=str(path),
+            "DIRECTORY_UNUSABLE",
+            f"the directory can't be used: {error.strerror}",
+            subject=str(path),
             remedy="check its owner and mode, or move it: --state-dir, --runtime-dir",
         ) from error
     try:
@@ -175,7 +179,9 @@ def owned_directory(path: Path) -> Iterator[None]:
         if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
             raise
         raise ConfigError(
-            "DAEMON_RUNNING", "another daemon uses this directory", subject=str(path),
+            "DAEMON_RUNNING",
+            "another daemon uses this directory",
+            subject=str(path),
             remedy="stop it, or give this one other directories: --state-dir, --runtime-dir",
         ) from None
     try:
@@ -187,11 +193,15 @@ def owned_directory(path: Path) -> Iterator[None]:
 def parse_arguments(arguments: list[str]) -> dict[str, Any]:
     """Turn `--state-dir X` and the like into settings; every option of vtpm.config.Settings is a flag."""
     parser = argparse.ArgumentParser(
-        prog="server.py", description="The vTPM daemon: a TPM 2.0 for every VM. Every option: docs/configuration.md.", allow_abbrev=False
+        prog="server.py",
+        description="The vTPM daemon: a TPM 2.0 for every VM. Every option: docs/configuration.md.",
+        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"vtpm {__version__}")
     for name, field in Settings.model_fields.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", dest=name, metavar="VALUE", help=(field.description or "").replace("%", "%%"))
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", dest=name, metavar="VALUE", help=(field.description or "").replace("%", "%%")
+        )
     return {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
 
 

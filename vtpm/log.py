@@ -11,7 +11,20 @@ import structlog
 
 # Fields of these names never belong in a log; they are blacked out in case one is passed by mistake.
 _FORBIDDEN: Final = frozenset(
-    ("data_key", "key", "auth", "password", "secret", "state_blob", "blob", "sealed", "command", "response", "nonce", "plaintext")
+    (
+        "data_key",
+        "key",
+        "auth",
+        "password",
+        "secret",
+        "state_blob",
+        "blob",
+        "sealed",
+        "command",
+        "response",
+        "nonce",
+        "plaintext",
+    )
 )
 # `command` as a name is fine, as bytes it is a guest's.
 _MAX_TEXT: Final = 2000

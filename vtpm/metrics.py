@@ -51,7 +51,10 @@ class Metrics:
             "vtpm_commit_seconds", "Time of one store transaction.", registry=self.registry, buckets=_COMMIT_BUCKETS
         )
         self._batch_size = Histogram(
-            "vtpm_commit_batch_size", "States in one store transaction.", registry=self.registry, buckets=(1, 2, 4, 8, 16, 32, 64, 128)
+            "vtpm_commit_batch_size",
+            "States in one store transaction.",
+            registry=self.registry,
+            buckets=(1, 2, 4, 8, 16, 32, 64, 128),
         )
         self._requests = Counter("vtpm_grpc_requests", "gRPC calls.", ["method", "code"], registry=self.registry)
         self._request_seconds = Histogram(

@@ -1,0 +1,1 @@
+"""The `vtpm` command."""

@@ -74,9 +74,7 @@ def create(
     )
     names = [name] if name else [f"{prefix}{number}" for number in range(1, count + 1)]
     requests = [
-        pb.CreateInstanceRequest(
-            name=item, labels=_labels(label), profile=profile, engine=engine, request_id=str(uuid.uuid4())
-        )
+        pb.CreateInstanceRequest(name=item, labels=_labels(label), profile=profile, engine=engine, request_id=str(uuid.uuid4()))
         for item in names
     ]
     with connected() as client:
@@ -109,9 +107,7 @@ def _create(client: Client, request: pb.CreateInstanceRequest) -> pb.Instance:
     raise AssertionError
 
 
-def _create_many(
-    requests: list[pb.CreateInstanceRequest], one: Callable[[pb.CreateInstanceRequest], pb.Instance]
-) -> None:
+def _create_many(requests: list[pb.CreateInstanceRequest], one: Callable[[pb.CreateInstanceRequest], pb.Instance]) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -202,7 +198,9 @@ def _startup(text: str) -> pb.Startup:
 
 
 @app.command()
-def start(names: NamesArgument, startup: StartupOption = "clear", etag: EtagOption = "", form: OutputOption = Format.TABLE) -> None:
+def start(
+    names: NamesArgument, startup: StartupOption = "clear", etag: EtagOption = "", form: OutputOption = Format.TABLE
+) -> None:
     """Power on."""
     mode = _startup(startup)
     _each(
@@ -235,7 +233,9 @@ def stop(
 
 
 @app.command()
-def reset(names: NamesArgument, startup: StartupOption = "clear", etag: EtagOption = "", form: OutputOption = Format.TABLE) -> None:
+def reset(
+    names: NamesArgument, startup: StartupOption = "clear", etag: EtagOption = "", form: OutputOption = Format.TABLE
+) -> None:
     """_TPM_Init, as at a reset of the VM; also brings a FAILED instance back."""
     mode = _startup(startup)
     _each(
@@ -296,7 +296,9 @@ def watch(
         for event in client.instances.WatchInstances(pb.WatchInstancesRequest(filter=filter_text)):
             kind = pb.InstanceEvent.Type.Name(event.type)
             if form is Format.TABLE:
-                sys.stdout.write(f"{kind:<8}  {pb.State.Name(event.instance.state):<6}  {event.instance.name}\n".rstrip() + "\n")
+                sys.stdout.write(
+                    f"{kind:<8}  {pb.State.Name(event.instance.state):<6}  {event.instance.name}\n".rstrip() + "\n"
+                )
             else:
                 value = {"type": kind, "instance": output.instance_dict(event.instance) if event.HasField("instance") else None}
                 output.emit(value, form)

@@ -95,7 +95,7 @@ def show_config(config_file: ConfigFileOption = None, form: OutputOption = Forma
     _print(_settings(config_file).model_dump(mode="json"), form)
 
 
-def _settings(config_file: Path | None):  # type: ignore[no-untyped-def]  # noqa: ANN202  # imported late: pydantic costs start-up time
+def _settings(config_file: Path | None):  # type: ignore[no-untyped-def]  # imported late: pydantic costs start-up time
     from vtpm.config import Settings
 
     given = cli_settings()

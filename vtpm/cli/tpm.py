@@ -117,7 +117,9 @@ def measure(
     except OSError as error:
         raise InvalidArgumentError("FILE_UNREADABLE", f"can't be read: {error.strerror}", subject=str(file)) from None
     if len(data) > _MAX_FILE_SIZE:
-        raise InvalidArgumentError("DATA_TOO_LARGE", "at most 1 MiB can be measured", subject=str(file), remedy="measure its digest")
+        raise InvalidArgumentError(
+            "DATA_TOO_LARGE", "at most 1 MiB can be measured", subject=str(file), remedy="measure its digest"
+        )
     text = event or (file.name if str(file) != "-" else "stdin")
     with connected() as client:
         request = pb.MeasureRequest(instance=name, pcr=pcr, data=data, event_data=text.encode())

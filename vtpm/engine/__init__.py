@@ -1,0 +1,1 @@
+"""Software TPMs: processes, sandbox, link."""

@@ -1,8 +1,8 @@
 """The commit thread: takes sealed states from all workers, makes them durable together, and answers.
 
-Why a thread: a commit blocks in the kernel until the disk has it, and a guest waits for exactly that. The thread polls the workers'
-commit sockets itself, so that a commit crosses neither the event loop nor a queue; all that arrived while the last sync ran goes
-into the next one (group commit).
+Why a thread: a commit blocks in the kernel until the disk has it, and a guest waits for exactly that. The thread polls the
+workers' commit sockets itself, so that a commit crosses neither the event loop nor a queue; all that arrived while the last
+sync ran goes into the next one (group commit).
 """
 
 from __future__ import annotations
@@ -126,14 +126,20 @@ class Committer:
 
     def _serve(self, arrived: list[tuple[_Channel, pb.Commit]]) -> None:
         # The instance is the socket's, never the message's: a worker can write its own state only.
-        commits = [StateCommit(channel.instance, message.epoch, message.version, message.sealed) for channel, message in arrived]
+        commits = [
+            StateCommit(channel.instance, message.epoch, message.version, message.sealed) for channel, message in arrived
+        ]
         refusals = self._durably(commits)
         if refusals is None:
             return
         for (channel, message), refused in zip(arrived, refusals, strict=True):
             if refused:
                 log.error(
-                    "commit.refused", instance=str(channel.instance), epoch=message.epoch, version=message.version, reason=refused
+                    "commit.refused",
+                    instance=str(channel.instance),
+                    epoch=message.epoch,
+                    version=message.version,
+                    reason=refused,
                 )
             try:
                 channel.sock.send(frame(pb.CommitAck(version=message.version, refused=refused).SerializeToString()))

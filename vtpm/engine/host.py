@@ -1,7 +1,7 @@
 """The engine host: a small process that outlives the daemon, forks workers and owns them.
 
-It has imported everything once and then only forks. It never parses guest bytes and never sees a data key: those go from the daemon
-to the worker over sockets that it only passes on.
+It has imported everything once and then only forks. It never parses guest bytes and never sees a data key: those go from the
+daemon to the worker over sockets that it only passes on.
 """
 
 from __future__ import annotations

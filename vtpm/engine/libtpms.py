@@ -1,7 +1,7 @@
 """libtpms bound with cffi: the software TPM of this process (`man 3 TPMLIB_Process`).
 
-libtpms keeps its TPM in global variables, so there is one per process, and this module's state is global with it. All FFI of the
-engine is in this file. Memory: buffers that libtpms allocates come from its TPM_Malloc and go back through TPM_Free.
+libtpms keeps its TPM in global variables, so there is one per process, and this module's state is global with it. All FFI of
+the engine is in this file. Memory: buffers that libtpms allocates come from its TPM_Malloc and go back through TPM_Free.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ _MAX_STATE_SIZE: Final = 4 << 20
 class Libtpms:
     """The TPM of this process. Make one; `power_on` before `process`.
 
-    `permanent` holds the permanent state as libtpms last stored it; `dirty` says that it changed since the owner of this object last
-    cleared the flag. `locality` is reported to the TPM with each command.
+    `permanent` holds the permanent state as libtpms last stored it; `dirty` says that it changed since the owner of this
+    object last cleared the flag. `locality` is reported to the TPM with each command.
     """
 
     def __init__(self, library: str = "libtpms.so.0") -> None:

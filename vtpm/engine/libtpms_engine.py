@@ -117,7 +117,9 @@ class LibtpmsEngine:
             case _ if key in self._stopping:
                 self._forget(key)
             case status if status == EXIT_COMMIT_REFUSED:
-                self._report(*key, "COMMIT_REFUSED", "another owner has taken the instance, or its row was changed", "see the log")
+                self._report(
+                    *key, "COMMIT_REFUSED", "another owner has taken the instance, or its row was changed", "see the log"
+                )
             case status if status == EXIT_COMMIT_TIMEOUT:
                 trouble = self._committer.trouble
                 reason = trouble.reason if trouble else "COMMIT_TIMEOUT"

@@ -29,15 +29,15 @@ _REQUEST_TIMEOUT_S: Final = 20.0
 class HostLink:
     """Requests to the engine host; `on_exit` is called for each worker that ends, `on_lost` when the host itself is gone."""
 
-    def __init__(
-        self, sock: socket.socket, on_exit: Callable[[pb.WorkerExited], None], on_lost: Callable[[], None]
-    ) -> None:
+    def __init__(self, sock: socket.socket, on_exit: Callable[[pb.WorkerExited], None], on_lost: Callable[[], None]) -> None:
         sock.setblocking(False)
         self._sock = sock
         self._on_exit = on_exit
         self._on_lost = on_lost
         self._ids = 0
-        self._pending: dict[int, tuple[asyncio.Future[list[tuple[pb.HostReply, list[int]]]], list[tuple[pb.HostReply, list[int]]]]] = {}
+        self._pending: dict[
+            int, tuple[asyncio.Future[list[tuple[pb.HostReply, list[int]]]], list[tuple[pb.HostReply, list[int]]]]
+        ] = {}
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(sock.fileno(), self._on_readable)
 
@@ -150,7 +150,9 @@ def _start_host(path: Path, memory_limit: int, log_path: Path) -> None:
                 stderr=log_file,
                 start_new_session=True,
                 cwd="/",
-                env={key: value for key, value in os.environ.items() if key in ("PATH", "LANG", "PYTHONPATH", "LD_LIBRARY_PATH")},
+                env={
+                    key: value for key, value in os.environ.items() if key in ("PATH", "LANG", "PYTHONPATH", "LD_LIBRARY_PATH")
+                },
             )
     except OSError as error:
         raise EngineError("ENGINE_HOST_START_FAILED", f"the engine host can't be started: {error}") from error

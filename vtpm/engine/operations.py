@@ -1,7 +1,7 @@
 """The service's own TPM operations, through ESAPI, run between two guest commands.
 
-Invariant 5: they use persistent keys and password sessions and leave no transient object, session or changed auth behind. The AK
-lives in the platform hierarchy, so that they still work after TPM2_Clear or changed owner and endorsement auths.
+Invariant 5: they use persistent keys and password sessions and leave no transient object, session or changed auth behind. The
+AK lives in the platform hierarchy, so that they still work after TPM2_Clear or changed owner and endorsement auths.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _RC_INITIALIZE = 0x100
 _RC_HANDLE = 0x8B
 _RC_HIERARCHY = 0x85
 _REMEDIES = {
-    _RC_INITIALIZE: "the guest's firmware has not started the TPM; reset the instance with startup CLEAR to use it without firmware",
+    _RC_INITIALIZE: "the guest's firmware has not started the TPM; reset the instance with startup CLEAR",
     _RC_HANDLE: "the guest's firmware has removed the AK with platform authorization; create a new instance",
     _RC_HIERARCHY: "the guest's firmware has disabled the platform hierarchy; it is back after a reset",
 }
@@ -152,7 +152,9 @@ class Operations:
     def make_keys(self, ek_algorithms: Sequence[KeyAlgorithm], ak_algorithm: KeyAlgorithm) -> list[ManufacturedKey]:
         """Make EKs and the AK as primary keys and persist them; nothing transient is left."""
         keys = [
-            self._make_primary("EK", algorithm, ESYS_TR.ENDORSEMENT, ESYS_TR.OWNER, ek_template(algorithm), ek_handle(algorithm))
+            self._make_primary(
+                "EK", algorithm, ESYS_TR.ENDORSEMENT, ESYS_TR.OWNER, ek_template(algorithm), ek_handle(algorithm)
+            )
             for algorithm in ek_algorithms
         ]
         # In the platform hierarchy the AK outlives TPM2_Clear, and only platform auth, which firmware randomises, evicts it.

@@ -1,8 +1,8 @@
 """A rehearsal before the first fork: a throw-away TPM goes through what workers do.
 
-CPython specialises code and OpenSSL and libtpms build their tables on first use. Done once here, those pages are shared by all workers
-instead of being written by each: it saves more than a megabyte a worker. The TPM of the rehearsal is forgotten before any fork, and a
-worker's own TPM starts with fresh entropy: libtpms seeds its generator at each _TPM_Init, OpenSSL at each fork.
+CPython specialises code and OpenSSL and libtpms build their tables on first use. Done once here, those pages are shared by all
+workers instead of being written by each: it saves more than a megabyte a worker. The TPM of the rehearsal is forgotten before
+any fork, and a worker's own TPM starts with fresh entropy: libtpms seeds its generator at each _TPM_Init, OpenSSL at each fork.
 """
 
 from __future__ import annotations

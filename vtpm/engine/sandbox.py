@@ -1,7 +1,7 @@
 """The wall around a worker: what the process may do once it holds a TPM.
 
-Default-deny system call filter, no new privileges, not dumpable (no core, no ptrace, no /proc/PID/mem by others), resource limits,
-closed descriptors, and death with the engine host. Invariant 4: nothing of the worker's memory reaches a disk.
+Default-deny system call filter, no new privileges, not dumpable (no core, no ptrace, no /proc/PID/mem by others), resource
+limits, closed descriptors, and death with the engine host. Invariant 4: nothing of the worker's memory reaches a disk.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ _PR_SET_NO_NEW_PRIVS: Final = 38
 _FIONBIO: Final = 0x5421
 _PROT_EXEC: Final = 4
 
-# What CPython, libtpms and OpenSSL were seen to need after start-up, and no more. No open, no socket, no connect, no exec, no fork.
+# What CPython, libtpms and OpenSSL were seen to need after start-up, and no more. No open, no socket, no connect, no exec, no
+# fork.
 _ALLOWED: Final = (
     "accept4",
     "brk",
@@ -70,7 +71,18 @@ _ALLOWED: Final = (
     "write",
 )
 # Asked for in passing by libraries; answered with an error instead of death.
-_DENIED_SOFTLY: Final = ("openat", "open", "access", "readlink", "socket", "sysinfo", "prlimit64", "uname", "rt_sigaction", "mbind")
+_DENIED_SOFTLY: Final = (
+    "openat",
+    "open",
+    "access",
+    "readlink",
+    "socket",
+    "sysinfo",
+    "prlimit64",
+    "uname",
+    "rt_sigaction",
+    "mbind",
+)
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 

@@ -54,8 +54,8 @@ class _Exit(BaseException):
 class Worker:
     """The loop of one worker process.
 
-    `host` receives new operations and commit sockets when another daemon takes over; `operations` and `commits` go to the daemon;
-    `listener` is the VM's data socket, if it has one.
+    `host` receives new operations and commit sockets when another daemon takes over; `operations` and `commits` go to the
+    daemon; `listener` is the VM's data socket, if it has one.
     """
 
     def __init__(
@@ -460,4 +460,3 @@ def _fault(error: VtpmError) -> pb.Fault:
         remedy=error.remedy,
         tpm_rc=error.rc if isinstance(error, TpmError) else 0,
     )
-

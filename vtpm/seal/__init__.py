@@ -1,0 +1,1 @@
+"""Sealed state: envelopes and key providers."""

@@ -1,7 +1,7 @@
 """The envelope of sealed state: AES-256-GCM-SIV (RFC 8452) with its place as associated data.
 
-Layout, big-endian: magic "VTPM" | format u8 | algorithm u8 | kind u8 | reserved u8 | instance 16 | epoch u64 | version u64 | nonce 12 |
-ciphertext and 16-byte tag. The whole header is authenticated.
+Layout, big-endian: magic "VTPM" | format u8 | algorithm u8 | kind u8 | reserved u8 | instance 16 | epoch u64 | version u64 |
+nonce 12 | ciphertext and 16-byte tag. The whole header is authenticated.
 
 Invariant 6: a blob is bound to instance, kind, epoch and version. Swapped, truncated or replayed blobs are named and refused.
 """
@@ -104,7 +104,9 @@ def _read_header(envelope: bytes, subject: str) -> Place:
     if len(envelope) > MAX_ENVELOPE_SIZE:
         raise SealedStateError("ENVELOPE_TOO_LARGE", f"sealed state of {len(envelope)} bytes", subject=subject, remedy=_RESTORE)
     if len(envelope) < _HEADER.size + _TAG_SIZE:
-        raise SealedStateError("ENVELOPE_TRUNCATED", f"sealed state of only {len(envelope)} bytes", subject=subject, remedy=_RESTORE)
+        raise SealedStateError(
+            "ENVELOPE_TRUNCATED", f"sealed state of only {len(envelope)} bytes", subject=subject, remedy=_RESTORE
+        )
     magic, form, algorithm, kind, reserved, instance, epoch, version, _nonce = _HEADER.unpack_from(envelope)
     if magic != _MAGIC or form != _FORMAT or algorithm != _AES_256_GCM_SIV or reserved or kind not in list(StateKind):
         raise SealedStateError(

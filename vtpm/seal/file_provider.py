@@ -1,7 +1,7 @@
 """The `file` key provider: key-encryption keys in one file that only the daemon's user can read.
 
-Simple and honest: who can read the file and the store can open every sealed state. Its place may be another volume than the store's
-(option `path`), so that neither alone is enough.
+Simple and honest: who can read the file and the store can open every sealed state. Its place may be another volume than the
+store's (option `path`), so that neither alone is enough.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ class FileKeyProvider:
         unknown = set(options) - {"path"}
         if unknown:
             raise KeyProviderError(
-                "KEY_PROVIDER_OPTION_UNKNOWN", f"the provider `file` has no option {sorted(unknown)[0]!r}", remedy="its option is path"
+                "KEY_PROVIDER_OPTION_UNKNOWN",
+                f"the provider `file` has no option {sorted(unknown)[0]!r}",
+                remedy="its option is path",
             )
         self._path = Path(options.get("path", "") or state_dir / _FILE_NAME)
         self._keys: dict[str, bytes] = {}
@@ -79,7 +81,9 @@ class FileKeyProvider:
         try:
             fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError as error:
-            raise self._error("KEY_FILE_UNUSABLE", f"the key file can't be read: {error.strerror}", "check what it is") from None
+            raise self._error(
+                "KEY_FILE_UNUSABLE", f"the key file can't be read: {error.strerror}", "check what it is"
+            ) from None
         with open(fd, "rb") as file:  # noqa: PTH123  # by descriptor: what was checked is what is read
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import threading
-
 from collections.abc import Sequence
 from typing import Final
 
@@ -51,7 +50,8 @@ class StateCommits:
                 self._connection = None
 
     def commit(self, commits: Sequence[StateCommit]) -> list[str]:
-        """Make `commits` durable in one transaction; one answer each, empty or EPOCH_STALE, VERSION_CONFLICT, INSTANCE_NOT_FOUND.
+        """Make `commits` durable in one transaction; one answer each, empty or EPOCH_STALE, VERSION_CONFLICT,
+        INSTANCE_NOT_FOUND.
 
         A commit that is already there to the byte is a success: its worker asked again after it lost the answer.
 
@@ -98,5 +98,3 @@ class StateCommits:
         if (epoch, version, blob) == (item.epoch, item.version, item.blob):
             return ""
         return "VERSION_CONFLICT"
-
-

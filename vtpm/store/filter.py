@@ -50,5 +50,8 @@ def parse_filter(text: str) -> Filter:
 
 def _invalid(message: str) -> InvalidArgumentError:
     return InvalidArgumentError(
-        "FILTER_INVALID", message, subject="filter", remedy="terms are state=ON, name=web-1, name:web-, labels.KEY=VALUE, joined by AND"
+        "FILTER_INVALID",
+        message,
+        subject="filter",
+        remedy="terms are state=ON, name=web-1, name:web-, labels.KEY=VALUE, joined by AND",
     )

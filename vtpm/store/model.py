@@ -51,7 +51,8 @@ class ProfileRecord:
 
 @dataclass(frozen=True, slots=True)
 class InstanceRecord:
-    """An instance. `boot_id` is that of the host boot that owns it, empty unless ON; `revision` rises with each visible change."""
+    """An instance. `boot_id` is that of the host boot that owns it, empty unless ON; `revision` rises with each visible
+    change."""
 
     id: uuid.UUID
     name: str

@@ -45,7 +45,9 @@ def dump_keys(keys: tuple[KeyRecord, ...]) -> str:
 
 
 def _load_keys(text: str) -> tuple[KeyRecord, ...]:
-    return tuple(KeyRecord(role, algorithm, handle, bytes.fromhex(public)) for role, algorithm, handle, public in json.loads(text))
+    return tuple(
+        KeyRecord(role, algorithm, handle, bytes.fromhex(public)) for role, algorithm, handle, public in json.loads(text)
+    )
 
 
 def to_record(row: Any, labels: Mapping[str, str]) -> InstanceRecord:

@@ -1,4 +1,5 @@
-"""The store: instances, their wrapped data keys and sealed states. Synchronous and thread-safe; every change is durable on return."""
+"""The store: instances, their wrapped data keys and sealed states. Synchronous and thread-safe; every change is durable on
+return."""
 
 from __future__ import annotations
 
@@ -11,12 +12,12 @@ from typing import Any, Final
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
 
+from vtpm.crashpoints import crash_point
 from vtpm.errors import AlreadyExistsError, ConflictError, FailedPreconditionError, NotFoundError
 from vtpm.seal.envelope import StateKind
 from vtpm.seal.keys import WrappedKey
 from vtpm.store import database
 from vtpm.store.commits import StateCommits
-from vtpm.crashpoints import crash_point
 from vtpm.store.model import Failure, Filter, InstanceRecord, InstanceState, NewInstance, SealedState, StateCommit
 from vtpm.store.rows import dump_failure, dump_keys, dump_profile, now, to_record
 from vtpm.store.schema import data_keys, instances, labels, requests, states
@@ -90,7 +91,9 @@ class Store:
             condition = instances.c.id == uuid.UUID(text)
         found = self._select(connection, condition)
         if not found:
-            raise NotFoundError("INSTANCE_NOT_FOUND", "there is no such instance", subject=text[:80], remedy="vtpm instance list")
+            raise NotFoundError(
+                "INSTANCE_NOT_FOUND", "there is no such instance", subject=text[:80], remedy="vtpm instance list"
+            )
         return found[0]
 
     def _by_id(self, connection: sa.Connection, instance: uuid.UUID) -> InstanceRecord:

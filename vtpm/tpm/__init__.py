@@ -1,0 +1,1 @@
+"""TPM 2.0 vocabulary; no I/O."""

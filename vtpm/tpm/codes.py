@@ -229,7 +229,7 @@ def response_code_name(rc: int) -> str:
             where = f"session {number & 7}"
         else:
             where = f"handle {number}"
-        return f"TPM_RC_{name} ({where})" if number & 7 or rc & _PARAMETER_BIT and number else f"TPM_RC_{name}"
+        return f"TPM_RC_{name} ({where})" if number & 7 or (rc & _PARAMETER_BIT and number) else f"TPM_RC_{name}"
     if 0x910 <= rc < 0x910 + len(_REFERENCES) and _REFERENCES[rc - 0x910]:
         return f"TPM_RC_{_REFERENCES[rc - 0x910]}"
     name = _FORMAT_ZERO.get(rc)

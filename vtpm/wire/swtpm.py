@@ -149,8 +149,8 @@ class ControlServers:
 class ControlReader:
     """Takes bytes as they come and gives whole requests. `broken` says that a code was unknown and framing is lost.
 
-    tpm2-tss sends SET_LOCALITY as code and one byte, QEMU pads that byte to four with zeros (`tpm_ioctl.h`). No code begins with
-    three zero bytes and another zero, so that padding which comes late can be told from the next request.
+    tpm2-tss sends SET_LOCALITY as code and one byte, QEMU pads that byte to four with zeros (`tpm_ioctl.h`). No code begins
+    with three zero bytes and another zero, so that padding which comes late can be told from the next request.
     """
 
     def __init__(self) -> None:
