@@ -1,4 +1,5 @@
-"""The service's own TPM operations, through ESAPI, run between two guest commands.
+"""The service's own TPM operations, run between two guest commands: through ESAPI, and quotes by commands built here, as ESAPI's
+marshalling takes longer than the TPM's signature (docs/decisions/0004-quotes-without-esapi.md).
 
 Invariant 5: they use persistent keys and password sessions and leave no transient object, session or changed auth behind. The
 AK lives in the platform hierarchy, so that they still work after TPM2_Clear or changed owner and endorsement auths.
@@ -7,6 +8,7 @@ AK lives in the platform hierarchy, so that they still work after TPM2_Clear or 
 from __future__ import annotations
 
 import hashlib
+import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +18,7 @@ from tpm2_pytss import ESAPI
 from tpm2_pytss.constants import ESYS_TR, TPM2_CAP, TPM2_SU
 from tpm2_pytss.TSS2_Exception import TSS2_Exception
 from tpm2_pytss.types import (
-    TPM2B_DATA,
+    TPM2B_AUTH,
     TPM2B_PUBLIC,
     TPM2B_SENSITIVE_CREATE,
     TPML_DIGEST_VALUES,
@@ -31,6 +33,7 @@ from vtpm.errors import EngineError, TpmError
 from vtpm.tpm.codes import response_code_name
 from vtpm.tpm.keys import AK_HANDLE, KeyAlgorithm, ak_template, ek_handle, ek_template
 from vtpm.tpm.pcr import PcrBank, PcrSelection, marshal_selections
+from vtpm.tpm.readout import MAX_READ, parse_pcr_read, parse_quote, pcr_read_command, quote_command, response_code
 
 _TPM_LAYER_MASK = 0xFFFF0000
 _RC_INITIALIZE = 0x100
@@ -50,9 +53,13 @@ def _tpm_errors(operation: str) -> Iterator[None]:
     except TSS2_Exception as error:
         if error.rc & _TPM_LAYER_MASK:
             raise EngineError("TSS_FAILED", f"{operation}: the TSS failed with 0x{error.rc:08x}") from None
-        name = response_code_name(error.rc)
-        code = error.rc & 0xBF if error.rc & 0x80 else error.rc
-        raise TpmError(error.rc, name, f"{operation}: the TPM answered {name}", remedy=_REMEDIES.get(code, "")) from None
+        raise _tpm_error(operation, error.rc) from None
+
+
+def _tpm_error(operation: str, rc: int) -> TpmError:
+    name = response_code_name(rc)
+    code = rc & 0xBF if rc & 0x80 else rc
+    return TpmError(rc, name, f"{operation}: the TPM answered {name}", remedy=_REMEDIES.get(code, ""))
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,20 +79,26 @@ class Operations:
         self._tpm = tpm
         self._tcti = InProcessTcti(tpm)
         self._esapi: Any = ESAPI(self._tcti)
-        self._ak: Any = None
         self._banks: tuple[PcrBank, ...] | None = None
 
     def forget(self) -> None:
         """Forget what was read from the TPM; after each power on."""
         self._banks = None
-        if self._ak is not None:
-            self._esapi.tr_close(self._ak)
-            self._ak = None
+        # _TPM_Init has emptied it.
+        self._esapi.tr_set_auth(ESYS_TR.PLATFORM, None)
 
     def startup_clear(self) -> None:
         """TPM2_Startup(TPM_SU_CLEAR)."""
         with _tpm_errors("TPM2_Startup"):
             self._esapi.startup(TPM2_SU.CLEAR)
+
+    def close_platform(self) -> None:
+        """Give the platform hierarchy an auth that nobody knows, as firmware does before it starts an operating system.
+
+        Without it, a guest whose TPM was started by the service could evict the AK (TPM2_HierarchyChangeAuth; Part 3, 24.8).
+        """
+        with _tpm_errors("TPM2_HierarchyChangeAuth"):
+            self._esapi.hierarchy_change_auth(ESYS_TR.PLATFORM, TPM2B_AUTH(secrets.token_bytes(32)))
 
     def shutdown_clear(self) -> None:
         """TPM2_Shutdown(TPM_SU_CLEAR)."""
@@ -111,23 +124,25 @@ class Operations:
         values: list[tuple[PcrBank, int, bytes]] = []
         counter = 0
         for selection in wanted:
-            # TPM2_PCR_Read gives at most eight digests a call.
-            for start in range(0, len(selection.indices), 8):
-                indices = tuple(sorted(selection.indices))[start : start + 8]
-                with _tpm_errors("TPM2_PCR_Read"):
-                    counter, _, digests = self._esapi.pcr_read(_pcr_selection((PcrSelection(selection.bank, indices),)))
+            for start in range(0, len(selection.indices), MAX_READ):
+                indices = selection.indices[start : start + MAX_READ]
+                command = pcr_read_command(PcrSelection(selection.bank, indices))
+                counter, digests = parse_pcr_read(self._run("TPM2_PCR_Read", command))
                 if len(digests) != len(indices):
                     raise EngineError("PCR_BANK_NOT_ALLOCATED", f"the {selection.bank.hash_name} bank is not allocated")
-                values.extend((selection.bank, index, bytes(digest)) for index, digest in zip(indices, digests, strict=True))
-        return int(counter), values
+                values.extend((selection.bank, index, digest) for index, digest in zip(indices, digests, strict=True))
+        return counter, values
+
+    def _run(self, operation: str, command: bytes) -> bytes:
+        """Run a command of our own at locality 0; return the response of its success."""
+        response = self._tcti.run(command)
+        if rc := response_code(response):
+            raise _tpm_error(operation, rc)
+        return response
 
     def quote(self, selections: Sequence[PcrSelection], nonce: bytes) -> tuple[bytes, bytes]:
         """Return TPMS_ATTEST and TPMT_SIGNATURE by the AK (TPM2_Quote; TPM 2.0 Library, Part 3, 18.4)."""
-        with _tpm_errors("TPM2_Quote"):
-            if self._ak is None:
-                self._ak = self._esapi.tr_from_tpmpublic(AK_HANDLE)
-            attest, signature = self._esapi.quote(self._ak, _pcr_selection(selections), TPM2B_DATA(nonce))
-            return bytes(attest.attestationData), signature.marshal()
+        return parse_quote(self._run("TPM2_Quote", quote_command(AK_HANDLE, selections, nonce)))
 
     def extend(self, pcr: int, data: bytes) -> dict[PcrBank, bytes]:
         """Extend `pcr` with the digest of `data` in every allocated bank (TPM2_PCR_Extend); return the digests."""
@@ -174,10 +189,6 @@ class Operations:
             self._esapi.tr_close(persistent)
             self._esapi.flush_context(transient)
         return ManufacturedKey(role, algorithm, handle, made.publicArea.marshal())
-
-
-def _pcr_selection(selections: Sequence[PcrSelection]) -> Any:
-    return TPML_PCR_SELECTION.unmarshal(marshal_selections(selections))[0]
 
 
 def manufacture(

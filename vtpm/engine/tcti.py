@@ -17,9 +17,13 @@ class InProcessTcti(PyTCTI):  # type: ignore[misc]  # tpm2-pytss ships no types
 
     def do_transmit(self, command: bytes) -> None:
         """Run `command`."""
+        self._response = self.run(command)
+
+    def run(self, command: bytes) -> bytes:
+        """Run `command` at locality 0, whatever the guest's is; return the response."""
         guest_locality, self._tpm.locality = self._tpm.locality, 0
         try:
-            self._response = self._tpm.process(command)
+            return self._tpm.process(command)
         finally:
             self._tpm.locality = guest_locality
 

@@ -379,6 +379,7 @@ class Worker:
         self._events.clear()
         if startup_clear:
             self._operations.startup_clear()
+            self._operations.close_platform()
         self._started_here = startup_clear
 
     def _run_command(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:

@@ -1,0 +1,1 @@
+"""Measurements beside swtpm, in the same run: ./script/bench."""

@@ -1,0 +1,1 @@
+"""What tests of several kinds need: a real daemon, real TPM clients."""

@@ -1,0 +1,89 @@
+"""TPM2_PCR_Read and TPM2_Quote, built and parsed here: the commands of every quote (TPM 2.0 Library, Part 3, 22.4 and 18.4)."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Final
+
+from vtpm.errors import InvalidArgumentError
+from vtpm.tpm.codes import AlgId, CommandCode, Handle, Tag
+from vtpm.tpm.command import HEADER, HEADER_SIZE, build
+from vtpm.tpm.pcr import PcrSelection, marshal_selections, unmarshal_selections
+
+# One call reads at most this many (TPM 2.0 Library, Part 2, 10.9.7: TPML_DIGEST has eight).
+MAX_READ: Final = 8
+MAX_NONCE_SIZE: Final = 64
+# Authorization area of one password session with the empty password (Part 1, 19.4): size, handle, nonce, attributes, password.
+EMPTY_PASSWORD: Final = struct.pack(">IIHBH", 9, Handle.PASSWORD, 0, 0, 0)
+_U16: Final = struct.Struct(">H")
+_U32: Final = struct.Struct(">I")
+
+
+def pcr_read_command(selection: PcrSelection) -> bytes:
+    """Return TPM2_PCR_Read of at most eight PCRs of one bank."""
+    return build(CommandCode.PCR_Read, marshal_selections((selection,)))
+
+
+def quote_command(key: int, selections: Sequence[PcrSelection], nonce: bytes) -> bytes:
+    """Return TPM2_Quote by the persistent `key`, which has an empty auth and a signing scheme of its own."""
+    body = _U32.pack(key) + EMPTY_PASSWORD + _U16.pack(len(nonce)) + nonce + _U16.pack(AlgId.NULL)
+    return build(CommandCode.Quote, body + marshal_selections(selections), Tag.SESSIONS)
+
+
+def response_code(response: bytes) -> int:
+    """Return the TPM_RC of a response."""
+    return int(HEADER.unpack_from(response)[2])
+
+
+def parse_pcr_read(response: bytes) -> tuple[int, tuple[bytes, ...]]:
+    """Return the PCR update counter and the digests of a successful TPM2_PCR_Read.
+
+    Raises:
+        InvalidArgumentError: RESPONSE_MALFORMED.
+    """
+    try:
+        (counter,) = _U32.unpack_from(response, HEADER_SIZE)
+        _, size = unmarshal_selections(response[HEADER_SIZE + 4 :])
+        offset = HEADER_SIZE + 4 + size
+        (count,) = _U32.unpack_from(response, offset)
+        offset += 4
+        if count > MAX_READ:
+            raise _malformed()
+        digests = []
+        for _ in range(count):
+            digest, offset = _sized(response, offset)
+            digests.append(digest)
+    except struct.error:
+        raise _malformed() from None
+    return counter, tuple(digests)
+
+
+def parse_quote(response: bytes) -> tuple[bytes, bytes]:
+    """Return TPMS_ATTEST and TPMT_SIGNATURE of a successful TPM2_Quote.
+
+    Raises:
+        InvalidArgumentError: RESPONSE_MALFORMED.
+    """
+    try:
+        (parameter_size,) = _U32.unpack_from(response, HEADER_SIZE)
+        end = HEADER_SIZE + 4 + parameter_size
+        attest, offset = _sized(response, HEADER_SIZE + 4)
+    except struct.error:
+        raise _malformed() from None
+    if not offset < end <= len(response):
+        raise _malformed()
+    return attest, response[offset:end]
+
+
+def _sized(data: bytes, offset: int) -> tuple[bytes, int]:
+    """A TPM2B: its content, and the offset behind it."""
+    (size,) = _U16.unpack_from(data, offset)
+    end = offset + 2 + size
+    if end > len(data):
+        raise _malformed()
+    return data[offset + 2 : end], end
+
+
+def _malformed() -> InvalidArgumentError:
+    return InvalidArgumentError("RESPONSE_MALFORMED", "the TPM's response is cut or inconsistent")
