@@ -42,7 +42,7 @@ class _Channel:
 
 @dataclass(frozen=True, slots=True)
 class CommitReport:
-    """One turn of the commit thread: how many states, how many refused, seconds in the store."""
+    """One turn of the commit thread: how many states, how many refused, seconds until it was durable."""
 
     batch_size: int
     refused: int
@@ -50,7 +50,7 @@ class CommitReport:
 
 
 class Committer:
-    """Owns the commit thread. `on_report` is called from it after each turn, `on_trouble` with a StoreError while one lasts."""
+    """Owns the commit thread. `on_report` is called from it after each turn; `trouble` is the StoreError that lasts."""
 
     def __init__(
         self,
@@ -129,9 +129,11 @@ class Committer:
         commits = [
             StateCommit(channel.instance, message.epoch, message.version, message.sealed) for channel, message in arrived
         ]
+        start = time.monotonic()
         refusals = self._durably(commits)
         if refusals is None:
             return
+        seconds = time.monotonic() - start
         for (channel, message), refused in zip(arrived, refusals, strict=True):
             if refused:
                 log.error(
@@ -146,6 +148,8 @@ class Committer:
             except OSError:
                 # The worker died meanwhile; its state is durable, its answer was never given.
                 self._drop(channel)
+        # After the answers: nobody waits for a metric.
+        self._on_report(CommitReport(len(commits), sum(map(bool, refusals)), seconds))
 
     def _durably(self, commits: list[StateCommit]) -> list[str] | None:
         """Commit; while the store is in trouble keep trying: the workers wait, up to their own time limit."""
@@ -162,6 +166,5 @@ class Committer:
                 time.sleep(_RETRY_S)
                 continue
             self.trouble = None
-            self._on_report(CommitReport(len(commits), sum(map(bool, refusals)), time.monotonic() - start))
             return refusals
         return None

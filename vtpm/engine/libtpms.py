@@ -52,7 +52,7 @@ class Libtpms:
     """The TPM of this process. Make one; `power_on` before `process`.
 
     `permanent` holds the permanent state as libtpms last stored it; `dirty` says that it changed since the owner of this
-    object last cleared the flag. `locality` is reported to the TPM with each command.
+    object last cleared the flag.
     """
 
     def __init__(self, library: str = "libtpms.so.0") -> None:
@@ -62,7 +62,7 @@ class Libtpms:
             raise EngineError(
                 "LIBTPMS_MISSING", f"the software TPM library {library} can't be loaded", remedy="apt-get install libtpms0"
             ) from error
-        self.locality = 0
+        self._locality = 0
         self.permanent: bytes | None = None
         self.dirty = False
         self._volatile: bytes | None = None
@@ -95,9 +95,25 @@ class Libtpms:
         table = _ffi.new("struct libtpms_callbacks *", {"sizeOfStruct": _ffi.sizeof("struct libtpms_callbacks")})
         for name, callback in self._callbacks.items():
             setattr(table, name, callback)
-        self._table = table
+        self._with_locality = table
+        # Without this callback libtpms takes locality 0, and saves a way into Python with each command.
+        self._at_locality_0 = _ffi.new("struct libtpms_callbacks *", table[0])
+        self._at_locality_0.tpm_io_getlocality = _ffi.NULL
         self._check(self._lib.TPMLIB_ChooseTPMVersion(_TPM_VERSION_2), "TPMLIB_ChooseTPMVersion")
-        self._check(self._lib.TPMLIB_RegisterCallbacks(table), "TPMLIB_RegisterCallbacks")
+        self._check(self._lib.TPMLIB_RegisterCallbacks(self._at_locality_0), "TPMLIB_RegisterCallbacks")
+
+    @property
+    def locality(self) -> int:
+        """The locality of the commands to come, 0 to 4."""
+        return self._locality
+
+    @locality.setter
+    def locality(self, value: int) -> None:
+        if value != self._locality:
+            self._locality = value
+            # libtpms copies the table, at any time.
+            table = self._with_locality if value else self._at_locality_0
+            self._check(self._lib.TPMLIB_RegisterCallbacks(table), "TPMLIB_RegisterCallbacks")
 
     @staticmethod
     def _check(result: int, function: str) -> None:
@@ -145,7 +161,7 @@ class Libtpms:
         return _TPM_FAIL if _ffi.string(name) == _PERMANENT else _TPM_SUCCESS
 
     def _tpm_io_getlocality(self, locality: Any, _number: int) -> int:
-        locality[0] = self.locality
+        locality[0] = self._locality
         return _TPM_SUCCESS
 
     def _tpm_io_getphysicalpresence(self, presence: Any, _number: int) -> int:

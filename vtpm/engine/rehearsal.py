@@ -76,7 +76,7 @@ def rehearse(tpm: Libtpms, operations: Operations) -> None:
 
 def _ask(worker: Worker, ops_end: socket.socket, request: pb.WorkerRequest) -> pb.WorkerReply:
     ops_end.sendall(frame(request.SerializeToString()))
-    worker.turn(0)
+    worker.rehearse_turn()
     poller = select.poll()
     poller.register(ops_end, select.POLLIN)
     assert poller.poll(0)

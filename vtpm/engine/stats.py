@@ -23,14 +23,14 @@ class CommandStats:
 
     def add(self, ordinal: int, nanos: int) -> None:
         """Count one command that took `nanos`."""
-        row = self._rows.get(ordinal)
-        if row is None:
-            if ordinal not in _KNOWN:
-                ordinal = UNKNOWN_ORDINAL
-            row = self._rows.setdefault(ordinal, [0] * (2 + len(BUCKETS_NS) + 1))
+        row = self._rows.get(ordinal) or self._new_row(ordinal)
         row[0] += 1
         row[1] += nanos
         row[2 + bisect_left(BUCKETS_NS, nanos)] += 1
+
+    def _new_row(self, ordinal: int) -> list[int]:
+        known = ordinal if ordinal in _KNOWN else UNKNOWN_ORDINAL
+        return self._rows.setdefault(known, [0] * (2 + len(BUCKETS_NS) + 1))
 
     def drain(self, status: pb.Status) -> None:
         """Move the counts into `status` and start anew."""
