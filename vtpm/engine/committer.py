@@ -144,7 +144,8 @@ class Committer:
                     reason=refused,
                 )
             try:
-                channel.sock.send(frame(pb.CommitAck(version=message.version, refused=refused).SerializeToString()))
+                ack = pb.CommitAck(version=message.version, refused=refused, batch_size=len(commits))
+                channel.sock.send(frame(ack.SerializeToString()))
             except OSError:
                 # The worker died meanwhile; its state is durable, its answer was never given.
                 self._drop(channel)

@@ -22,6 +22,8 @@ _PR_SET_DUMPABLE: Final = 4
 _PR_SET_NO_NEW_PRIVS: Final = 38
 _FIONBIO: Final = 0x5421
 _PROT_EXEC: Final = 4
+# The one file that a worker has is the engine host's log, for its last words.
+_MAX_LOG_SIZE: Final = 16 << 20
 
 # What CPython, libtpms and OpenSSL were seen to need after start-up, and no more. No open, no socket, no connect, no exec, no
 # fork.
@@ -145,7 +147,7 @@ def keep_descriptors(keep: list[int]) -> list[int]:
 def enter(rules: Any, *, memory_limit: int, descriptors: int = 64) -> None:
     """Close the door: limits, no new privileges, the filter. `memory_limit` in bytes bounds the data segment."""
     forbid_dumps()
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (_MAX_LOG_SIZE, _MAX_LOG_SIZE))
     resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
     resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
     resource.setrlimit(resource.RLIMIT_DATA, (memory_limit, memory_limit))

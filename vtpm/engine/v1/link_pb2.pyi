@@ -1040,18 +1040,22 @@ class CommitAck(_message.Message):
 
     VERSION_FIELD_NUMBER: _builtins.int
     REFUSED_FIELD_NUMBER: _builtins.int
+    BATCH_SIZE_FIELD_NUMBER: _builtins.int
     version: _builtins.int
     refused: _builtins.str
     """Empty: durable. Otherwise the reason of the refusal; the worker stops (invariant 3)."""
+    batch_size: _builtins.int
+    """How many states went into the same sync."""
     def __init__(
         self,
         *,
         version: _builtins.int = ...,
         refused: _builtins.str = ...,
+        batch_size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["refused", b"refused", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "refused", b"refused", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
