@@ -77,7 +77,9 @@ def startup_clear() -> bytes:
 def pcr_extend(index: int, digest: bytes, alg: int = PcrBank.SHA256.alg_id) -> bytes:
     """TPM2_PCR_Extend with one digest."""
     return build(
-        CommandCode.PCR_Extend, struct.pack(">I", index) + EMPTY_PASSWORD_AREA + struct.pack(">IH", 1, alg) + digest, Tag.SESSIONS
+        CommandCode.PCR_Extend,
+        struct.pack(">I", index) + EMPTY_PASSWORD_AREA + struct.pack(">IH", 1, alg) + digest,
+        Tag.SESSIONS,
     )
 
 

@@ -30,6 +30,7 @@ _Encode = Callable[[Any], bytes]
 _MAX_LOGGED_REF: Final = 128
 # Asked for all the time, by machines, and of no interest to an auditor.
 _QUIET_SERVICES: Final = ("/grpc.health.", "/grpc.reflection.")
+_READS: Final = ("Get", "List", "Read", "Quote")
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
@@ -173,6 +174,8 @@ class _Call:
         }
         if self.reason:
             fields["reason"] = self.reason
-        # A guest's use of its own TPM is no more of an event here than on its VM's data socket.
-        quiet = self._method.startswith(_QUIET_SERVICES) or (interceptor.access.bound and self.code is grpc.StatusCode.OK)
+        # A guest's use of its own TPM is no more of an event here than on its VM's data socket;
+        # and what only reads changes nothing.
+        harmless = interceptor.access.bound or self._method.rpartition("/")[2].startswith(_READS)
+        quiet = self._method.startswith(_QUIET_SERVICES) or (harmless and self.code is grpc.StatusCode.OK)
         (audit.debug if quiet else audit.info)("api.call", **fields)

@@ -1,5 +1,6 @@
-"""The service's own TPM operations, run between two guest commands: through ESAPI, and quotes by commands built here, as ESAPI's
-marshalling takes longer than the TPM's signature (docs/decisions/0004-quotes-without-esapi.md).
+"""The service's own TPM operations, run between two guest commands: through ESAPI, and quotes by commands built here.
+
+ESAPI's marshalling takes longer than the TPM's signature (docs/decisions/0004-quotes-without-esapi.md).
 
 Invariant 5: they use persistent keys and password sessions and leave no transient object, session or changed auth behind. The
 AK lives in the platform hierarchy, so that they still work after TPM2_Clear or changed owner and endorsement auths.
@@ -198,7 +199,7 @@ def manufacture(
     ak_algorithm: KeyAlgorithm,
     banks: Sequence[PcrBank],
 ) -> list[ManufacturedKey]:
-    """Make a new TPM in `tpm`: seeds by the TPM itself, PCR banks, EKs, AK; leave it powered off, its state in `tpm.permanent`."""
+    """Make a new TPM in `tpm`: seeds by the TPM itself, PCR banks, EKs, AK. It is left off, its state in `tpm.permanent`."""
     tpm.manufacture()
     operations.forget()
     operations.startup_clear()

@@ -62,10 +62,13 @@ class PcrBank(enum.Enum):
         Raises:
             InvalidArgumentError: PCR_BANK_UNKNOWN.
         """
-        for bank in cls:
-            if bank.alg_id == alg_id:
-                return bank
-        raise _unknown_bank(f"0x{alg_id:04x}")
+        bank = _BY_ALG.get(alg_id)
+        if bank is None:
+            raise _unknown_bank(f"0x{alg_id:04x}")
+        return bank
+
+
+_BY_ALG: Final = {bank.alg_id: bank for bank in PcrBank}
 
 
 def _unknown_bank(name: str) -> InvalidArgumentError:
