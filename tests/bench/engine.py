@@ -10,7 +10,7 @@ from vtpm.engine.operations import Operations, manufacture
 from vtpm.tpm.command import HEADER
 from vtpm.tpm.keys import AK_HANDLE, KeyAlgorithm
 from vtpm.tpm.pcr import PcrBank, PcrSelection
-from vtpm.tpm.readout import quote_command
+from vtpm.tpm.service import quote_command
 
 
 def main(seconds: float) -> int:

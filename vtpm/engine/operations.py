@@ -1,6 +1,7 @@
-"""The service's own TPM operations, run between two guest commands: through ESAPI, and quotes by commands built here.
+"""The service's own TPM operations, run between two guest commands.
 
-ESAPI's marshalling takes longer than the TPM's signature (docs/decisions/0004-quotes-without-esapi.md).
+Through ESAPI where keys are made; by commands built in vtpm.tpm.service where a running instance is served, as ESAPI's
+marshalling takes longer than the TPM's signature and touches more memory (docs/decisions/0004-quotes-without-esapi.md).
 
 Invariant 5: they use persistent keys and password sessions and leave no transient object, session or changed auth behind. The
 AK lives in the platform hierarchy, so that they still work after TPM2_Clear or changed owner and endorsement auths.
@@ -16,25 +17,33 @@ from dataclasses import dataclass
 from typing import Any
 
 from tpm2_pytss import ESAPI
-from tpm2_pytss.constants import ESYS_TR, TPM2_CAP, TPM2_SU
+from tpm2_pytss.constants import ESYS_TR, TPM2_CAP
 from tpm2_pytss.TSS2_Exception import TSS2_Exception
 from tpm2_pytss.types import (
-    TPM2B_AUTH,
     TPM2B_PUBLIC,
     TPM2B_SENSITIVE_CREATE,
-    TPML_DIGEST_VALUES,
     TPML_PCR_SELECTION,
-    TPMT_HA,
     TPMT_PUBLIC,
 )
 
 from vtpm.engine.libtpms import Libtpms
 from vtpm.engine.tcti import InProcessTcti
 from vtpm.errors import EngineError, TpmError
-from vtpm.tpm.codes import response_code_name
+from vtpm.tpm.codes import Handle, response_code_name
 from vtpm.tpm.keys import AK_HANDLE, KeyAlgorithm, ak_template, ek_handle, ek_template
 from vtpm.tpm.pcr import PcrBank, PcrSelection, marshal_selections
-from vtpm.tpm.readout import MAX_READ, parse_pcr_read, parse_quote, pcr_read_command, quote_command, response_code
+from vtpm.tpm.service import (
+    MAX_READ,
+    hierarchy_change_auth_command,
+    parse_pcr_read,
+    parse_quote,
+    pcr_extend_command,
+    pcr_read_command,
+    quote_command,
+    response_code,
+    shutdown_clear_command,
+    startup_clear_command,
+)
 
 _TPM_LAYER_MASK = 0xFFFF0000
 _RC_INITIALIZE = 0x100
@@ -85,26 +94,22 @@ class Operations:
     def forget(self) -> None:
         """Forget what was read from the TPM; after each power on."""
         self._banks = None
-        # _TPM_Init has emptied it.
-        self._esapi.tr_set_auth(ESYS_TR.PLATFORM, None)
 
     def startup_clear(self) -> None:
         """TPM2_Startup(TPM_SU_CLEAR)."""
-        with _tpm_errors("TPM2_Startup"):
-            self._esapi.startup(TPM2_SU.CLEAR)
+        self._run("TPM2_Startup", startup_clear_command())
 
     def close_platform(self) -> None:
         """Give the platform hierarchy an auth that nobody knows, as firmware does before it starts an operating system.
 
         Without it, a guest whose TPM was started by the service could evict the AK (TPM2_HierarchyChangeAuth; Part 3, 24.8).
         """
-        with _tpm_errors("TPM2_HierarchyChangeAuth"):
-            self._esapi.hierarchy_change_auth(ESYS_TR.PLATFORM, TPM2B_AUTH(secrets.token_bytes(32)))
+        command = hierarchy_change_auth_command(Handle.PLATFORM, secrets.token_bytes(32))
+        self._run("TPM2_HierarchyChangeAuth", command)
 
     def shutdown_clear(self) -> None:
         """TPM2_Shutdown(TPM_SU_CLEAR)."""
-        with _tpm_errors("TPM2_Shutdown"):
-            self._esapi.shutdown(TPM2_SU.CLEAR)
+        self._run("TPM2_Shutdown", shutdown_clear_command())
 
     def banks(self) -> tuple[PcrBank, ...]:
         """Return the allocated PCR banks (TPM2_GetCapability, TPM_CAP_PCRS)."""
@@ -148,9 +153,7 @@ class Operations:
     def extend(self, pcr: int, data: bytes) -> dict[PcrBank, bytes]:
         """Extend `pcr` with the digest of `data` in every allocated bank (TPM2_PCR_Extend); return the digests."""
         digests = {bank: hashlib.new(bank.hash_name, data).digest() for bank in self.banks()}
-        values = TPML_DIGEST_VALUES([TPMT_HA.unmarshal(bank.alg_id.to_bytes(2, "big") + d)[0] for bank, d in digests.items()])
-        with _tpm_errors("TPM2_PCR_Extend"):
-            self._esapi.pcr_extend(ESYS_TR(pcr), values)
+        self._run("TPM2_PCR_Extend", pcr_extend_command(pcr, digests))
         return digests
 
     # ---- manufacture -----------------------------------------------------------------------------------------------------

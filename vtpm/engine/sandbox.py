@@ -20,6 +20,8 @@ from vtpm.errors import EngineError
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_DUMPABLE: Final = 4
 _PR_SET_NO_NEW_PRIVS: Final = 38
+_PR_SET_SECCOMP: Final = 22
+_SECCOMP_MODE_FILTER: Final = 2
 _FIONBIO: Final = 0x5421
 _PROT_EXEC: Final = 4
 # The one file that a worker has is the engine host's log, for its last words.
@@ -89,8 +91,25 @@ _DENIED_SOFTLY: Final = (
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
 
-def make_filter() -> Any:
-    """Build the system call filter; once, in the engine host, for all workers to come.
+class Filter:
+    """A compiled system call filter: compiled once, in the engine host, installed by each worker."""
+
+    def __init__(self, program: bytes) -> None:
+        # struct sock_filter has eight bytes; struct sock_fprog is its count and a pointer (seccomp(2)).
+        self._code = ctypes.create_string_buffer(program, len(program))
+        self._program = _SockFprog(len(program) // 8, ctypes.addressof(self._code))
+
+    def install(self) -> None:
+        """Put it in force for this process, for good."""
+        _prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(self._program))
+
+
+class _SockFprog(ctypes.Structure):
+    _fields_ = (("len", ctypes.c_ushort), ("filter", ctypes.c_void_p))
+
+
+def make_filter() -> Filter:
+    """Compile the system call filter.
 
     Raises:
         EngineError: libseccomp is not installed.
@@ -104,7 +123,10 @@ def make_filter() -> Any:
     for name in ("mmap", "mprotect"):
         rules.add_rule(pyseccomp.ALLOW, name, pyseccomp.Arg(2, pyseccomp.MASKED_EQ, _PROT_EXEC, 0))
     rules.add_rule(pyseccomp.ALLOW, "ioctl", pyseccomp.Arg(1, pyseccomp.EQ, _FIONBIO))
-    return rules
+    with open(os.memfd_create("filter"), "rb+") as file:  # noqa: PTH123  # it has no path
+        rules.export_bpf(file)
+        file.seek(0)
+        return Filter(file.read())
 
 
 def _add(rules: Any, action: Any, name: str) -> None:
@@ -116,8 +138,8 @@ def _add(rules: Any, action: Any, name: str) -> None:
             raise
 
 
-def _prctl(option: int, value: int) -> None:
-    if _libc.prctl(option, value, 0, 0, 0) != 0:
+def _prctl(option: int, value: int, address: int = 0) -> None:
+    if _libc.prctl(option, ctypes.c_ulong(value), ctypes.c_ulong(address), 0, 0) != 0:
         code = ctypes.get_errno()
         raise EngineError("SANDBOX_FAILED", f"prctl {option} failed: {os.strerror(code)}")
 
@@ -144,7 +166,7 @@ def keep_descriptors(keep: list[int]) -> list[int]:
     return placed
 
 
-def enter(rules: Any, *, memory_limit: int, descriptors: int = 64) -> None:
+def enter(rules: Filter, *, memory_limit: int, descriptors: int = 64) -> None:
     """Close the door: limits, no new privileges, the filter. `memory_limit` in bytes bounds the data segment."""
     forbid_dumps()
     resource.setrlimit(resource.RLIMIT_FSIZE, (_MAX_LOG_SIZE, _MAX_LOG_SIZE))
@@ -152,4 +174,4 @@ def enter(rules: Any, *, memory_limit: int, descriptors: int = 64) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
     resource.setrlimit(resource.RLIMIT_DATA, (memory_limit, memory_limit))
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
-    rules.load()
+    rules.install()

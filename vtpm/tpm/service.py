@@ -1,15 +1,19 @@
-"""TPM2_PCR_Read and TPM2_Quote, built and parsed here: the commands of every quote (TPM 2.0 Library, Part 3, 22.4 and 18.4)."""
+"""The few commands that serve a running instance, built and parsed here (TPM 2.0 Library, Part 3).
+
+TPM2_Startup (9.3), TPM2_Shutdown (9.4), TPM2_HierarchyChangeAuth (24.8), TPM2_PCR_Extend (22.2), TPM2_PCR_Read (22.4) and
+TPM2_Quote (18.4).
+"""
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from vtpm.errors import InvalidArgumentError
 from vtpm.tpm.codes import AlgId, CommandCode, Handle, Tag
 from vtpm.tpm.command import HEADER, HEADER_SIZE, build
-from vtpm.tpm.pcr import PcrSelection, marshal_selections, unmarshal_selections
+from vtpm.tpm.pcr import PcrBank, PcrSelection, marshal_selections, unmarshal_selections
 
 # One call reads at most this many (TPM 2.0 Library, Part 2, 10.9.7: TPML_DIGEST has eight).
 MAX_READ: Final = 8
@@ -18,6 +22,29 @@ MAX_NONCE_SIZE: Final = 64
 EMPTY_PASSWORD: Final = struct.pack(">IIHBH", 9, Handle.PASSWORD, 0, 0, 0)
 _U16: Final = struct.Struct(">H")
 _U32: Final = struct.Struct(">I")
+
+
+def startup_clear_command() -> bytes:
+    """Return TPM2_Startup(TPM_SU_CLEAR)."""
+    return build(CommandCode.Startup, _U16.pack(0))
+
+
+def shutdown_clear_command() -> bytes:
+    """Return TPM2_Shutdown(TPM_SU_CLEAR)."""
+    return build(CommandCode.Shutdown, _U16.pack(0))
+
+
+def hierarchy_change_auth_command(hierarchy: int, auth: bytes) -> bytes:
+    """Return TPM2_HierarchyChangeAuth of a hierarchy whose auth is empty."""
+    return build(
+        CommandCode.HierarchyChangeAuth, _U32.pack(hierarchy) + EMPTY_PASSWORD + _U16.pack(len(auth)) + auth, Tag.SESSIONS
+    )
+
+
+def pcr_extend_command(pcr: int, digests: Mapping[PcrBank, bytes]) -> bytes:
+    """Return TPM2_PCR_Extend with one digest for each bank."""
+    values = b"".join(_U16.pack(bank.alg_id) + digest for bank, digest in digests.items())
+    return build(CommandCode.PCR_Extend, _U32.pack(pcr) + EMPTY_PASSWORD + _U32.pack(len(digests)) + values, Tag.SESSIONS)
 
 
 def pcr_read_command(selection: PcrSelection) -> bytes:
