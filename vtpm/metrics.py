@@ -25,7 +25,9 @@ class _CommandCollector(Collector):
 
     def collect(self) -> list[HistogramMetricFamily | CounterMetricFamily]:
         total = CounterMetricFamily("vtpm_tpm_commands", "TPM commands run for VMs, by ordinal.", labels=["ordinal"])
-        seconds = HistogramMetricFamily("vtpm_tpm_command_seconds", "Time in the TPM, commit included.", labels=["ordinal"])
+        seconds = HistogramMetricFamily(
+            "vtpm_tpm_command_seconds", "Time in the TPM, commit included; of one in 16 on sockets.", labels=["ordinal"]
+        )
         for ordinal, (count, nanos, buckets) in self.rows.items():
             name = command_name(ordinal) if ordinal else "unknown"
             total.add_metric([name], count)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +58,20 @@ def alternate(rounds: int, *measures: Callable[[], float]) -> Sequence[float]:
     """Run the measures in turn, `rounds` times; the median of each."""
     results = [[measure() for measure in measures] for _ in range(rounds)]
     return [statistics.median(column) for column in zip(*results, strict=True)]
+
+
+@contextlib.contextmanager
+def placed(cores: Mapping[int, int]) -> Iterator[None]:
+    """Keep processes (0: this one) on a core each."""
+    before = {pid: os.sched_getaffinity(pid) for pid in cores}
+    available = sorted(os.sched_getaffinity(0))
+    for pid, core in cores.items():
+        os.sched_setaffinity(pid, {available[core % len(available)]})
+    try:
+        yield
+    finally:
+        for pid, allowed in before.items():
+            os.sched_setaffinity(pid, allowed)
 
 
 def private_memory(pid: int) -> int:

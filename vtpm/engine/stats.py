@@ -13,27 +13,34 @@ BUCKETS_NS: Final = (10_000, 30_000, 100_000, 300_000, 1_000_000, 3_000_000, 10_
 _KNOWN: Final = frozenset(int(code) for code in CommandCode)
 # A guest chooses ordinals freely: those the standard does not know are counted together, so that the table stays bounded.
 UNKNOWN_ORDINAL: Final = 0
+# On a data connection, how many commands are not timed between two that are.
+UNTIMED: Final = 15
 
 
 class CommandStats:
-    """Since the last `drain`: ordinal → [count, nanoseconds, bucket counts…]."""
+    """Since the last `drain`: `counts` of every command by ordinal, and the latencies of those that were timed."""
 
     def __init__(self) -> None:
-        self._rows: dict[int, list[int]] = {}
+        self.counts: dict[int, int] = {}
+        # Ordinal → [nanoseconds, bucket counts…].
+        self._times: dict[int, list[int]] = {}
 
-    def add(self, ordinal: int, nanos: int) -> None:
-        """Count one command that took `nanos`."""
-        row = self._rows.get(ordinal) or self._new_row(ordinal)
-        row[0] += 1
-        row[1] += nanos
-        row[2 + bisect_left(BUCKETS_NS, nanos)] += 1
-
-    def _new_row(self, ordinal: int) -> list[int]:
+    def count(self, ordinal: int) -> None:
+        """Count one command."""
         known = ordinal if ordinal in _KNOWN else UNKNOWN_ORDINAL
-        return self._rows.setdefault(known, [0] * (2 + len(BUCKETS_NS) + 1))
+        self.counts[known] = self.counts.get(known, 0) + 1
+
+    def time(self, ordinal: int, nanos: int) -> None:
+        """Note that one command took `nanos`."""
+        known = ordinal if ordinal in _KNOWN else UNKNOWN_ORDINAL
+        row = self._times.setdefault(known, [0] * (1 + len(BUCKETS_NS) + 1))
+        row[0] += nanos
+        row[1 + bisect_left(BUCKETS_NS, nanos)] += 1
 
     def drain(self, status: pb.Status) -> None:
-        """Move the counts into `status` and start anew."""
-        for ordinal, (count, nanos, *buckets) in self._rows.items():
+        """Move what was counted into `status` and start anew."""
+        for ordinal, count in self.counts.items():
+            nanos, *buckets = self._times.get(ordinal) or [0] * (1 + len(BUCKETS_NS) + 1)
             status.ordinals.add(ordinal=ordinal, count=count, nanos=nanos, buckets=buckets)
-        self._rows.clear()
+        self.counts.clear()
+        self._times.clear()

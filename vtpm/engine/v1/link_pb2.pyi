@@ -983,10 +983,10 @@ class OrdinalCount(_message.Message):
     ordinal: _builtins.int
     count: _builtins.int
     nanos: _builtins.int
-    """Sum of execution times in nanoseconds."""
+    """Sum of the times of the commands that were timed, in nanoseconds."""
     @_builtins.property
     def buckets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Counts by latency bucket (upper bounds in vtpm.engine.stats), the last one for all above."""
+        """Commands that were timed, by latency bucket (upper bounds in vtpm.engine.stats), the last one for all above."""
 
     def __init__(
         self,
