@@ -29,6 +29,7 @@ from vtpm.store.model import StateCommit
 log: Final = structlog.get_logger("vtpm.engine")
 
 _RETRY_S: Final = 0.2
+_MAX_EVENTS: Final = 256
 _REPORT_EVERY_S: Final = 10.0
 
 
@@ -90,7 +91,7 @@ class Committer:
     def _run(self) -> None:
         while not self._closing:
             arrived: list[tuple[_Channel, pb.Commit]] = []
-            for fd, _event in self._epoll.poll():
+            for fd, _event in self._epoll.poll(None, _MAX_EVENTS):
                 if fd == self._wake_fd:
                     self._take_added()
                 else:

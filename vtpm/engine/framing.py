@@ -34,6 +34,9 @@ class FrameReader:
             EngineError: FRAME_TOO_LARGE.
         """
         buffer = self._buffer
+        # Nearly always a message comes alone and whole.
+        if not buffer and len(data) >= LENGTH.size and LENGTH.unpack_from(data)[0] == len(data) - LENGTH.size <= MAX_FRAME_SIZE:
+            return [data[LENGTH.size :]]
         buffer += data
         messages = []
         while len(buffer) >= LENGTH.size:
