@@ -9,8 +9,7 @@ import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Final, Literal
-from urllib.parse import urlsplit
+from typing import Any, Final, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
@@ -96,8 +95,6 @@ class Settings(BaseSettings):
         default="", description="OTLP/gRPC endpoint for traces of gRPC calls, such as `http://127.0.0.1:4317`; empty: none."
     )
     socket_group: str = Field(default="", description="Group that may use the operators' socket besides the daemon's user.")
-
-    _cli: ClassVar[Mapping[str, object]] = {}
 
     @classmethod
     def settings_customise_sources(
@@ -206,8 +203,3 @@ def _describe(error: ValidationError, path: Path, values: Mapping[str, object], 
             where = f"VTPM_{name.upper()}"
         lines.append(f"{where}: {message}")
     return ConfigError("CONFIG_INVALID", "\n".join(lines), remedy="every setting: docs/configuration.md; vtpm config check")
-
-
-def endpoint_host(url: str) -> str:
-    """Return host and port of an endpoint URL, for messages."""
-    return urlsplit(url).netloc or url

@@ -217,7 +217,7 @@ def pem(tpmt_public: bytes) -> str:
     return public_pem(tpmt_public)
 
 
-def instance_to_proto(record: InstanceRecord, tpm_socket: Path | None, guest_socket: Path | None) -> pb.Instance:
+def instance_to_proto(record: InstanceRecord, tpm_socket: Path, guest_socket: Path) -> pb.Instance:
     """Return an instance as callers see it; the sockets are None unless it is ON."""
     instance = pb.Instance(
         id=str(record.id),
@@ -243,8 +243,8 @@ def instance_to_proto(record: InstanceRecord, tpm_socket: Path | None, guest_soc
         etag=etag(record),
         create_time=timestamp(record.created_at),
         update_time=timestamp(record.updated_at),
-        tpm_socket=str(tpm_socket or ""),
-        guest_socket=str(guest_socket or ""),
+        tpm_socket=str(tpm_socket),
+        guest_socket=str(guest_socket),
         epoch=record.epoch,
     )
     if record.failure is not None:

@@ -90,9 +90,6 @@ class GuestServers:
 
     async def _begin(self, slot: _Slot, record: InstanceRecord) -> None:
         path = self._instances.guest_socket(record)
-        if path is None:
-            slot.wanted = None
-            return
         server = self._make(record)
         try:
             await serve_on(server, path)

@@ -59,11 +59,11 @@ class Instances(Protocol):
     async def rotate_key(self) -> tuple[str, int]:
         """Make a new key-encryption key; return its id and how many data keys were wrapped anew."""
 
-    def tpm_socket(self, record: InstanceRecord) -> Path | None:
-        """The data socket of the swtpm protocol, while the instance is ON."""
+    def tpm_socket(self, record: InstanceRecord) -> Path:
+        """Where the data socket of the swtpm protocol is while the instance is ON."""
 
-    def guest_socket(self, record: InstanceRecord) -> Path | None:
-        """The instance's gRPC socket, while it is ON."""
+    def guest_socket(self, record: InstanceRecord) -> Path:
+        """Where the instance's gRPC socket is while it is ON."""
 
     async def execute(self, ref: str, command: bytes, locality: int) -> bytes:
         """Run one raw command; a TPM_RC other than success is in the response."""

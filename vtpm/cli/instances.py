@@ -130,8 +130,8 @@ def _create_many(requests: list[pb.CreateInstanceRequest], one: Callable[[pb.Cre
                     raise
             progress.advance(task)
     sys.stdout.write(f"created {len(requests) - len(failures)} of {len(requests)}\n")
-    for name, error in failures[:20]:
-        say(f"{describe(error)} [{name}]")
+    for name, failure in failures[:20]:
+        say(f"{describe(failure)} [{name}]")
     if failures:
         raise SystemExit(exits.PARTIAL)
 
@@ -187,14 +187,15 @@ def _each(names: list[str], call: Callable[[Client, str], pb.Instance | None], f
         output.instance(results[0], form)
     elif results:
         output.instances(results, form)
-    for error in failures:
-        say(describe(error))
+    for failure in failures:
+        say(describe(failure))
     if failures:
         raise SystemExit(exits.PARTIAL)
 
 
-def _startup(text: str) -> pb.Startup:
-    return _choices(text, _STARTUPS, "--startup")[0] if text else pb.STARTUP_CLEAR  # type: ignore[no-any-return]
+def _startup(text: str) -> pb.Startup.ValueType:
+    chosen = _choices(text, _STARTUPS, "--startup")
+    return chosen[0] if chosen else pb.STARTUP_CLEAR
 
 
 @app.command()

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from click.exceptions import ClickException
 
 from vtpm import __version__
 from vtpm.api.v1 import instance_pb2 as pb
@@ -28,6 +27,9 @@ app.add_typer(key_app, name="key")
 app.add_typer(host_app, name="host")
 app.add_typer(config_app, name="config")
 tpm.register(app)
+
+# Typer's errors of usage come from click, which recent versions carry inside.
+_ClickError: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
 ConfigFileOption = Annotated[Path | None, typer.Option("--config-file", help="The TOML file; default: as the daemon.")]
 
@@ -118,8 +120,8 @@ def main() -> None:
         sys.exit(app(standalone_mode=False) or exits.OK)
     except VtpmError as error:
         fail(error)
-    except ClickException as error:
-        error.show()
+    except _ClickError as error:
+        say(f"vtpm: USAGE: {getattr(error, 'format_message', error.__str__)()}")
         sys.exit(exits.USAGE)
     except (KeyboardInterrupt, typer.Abort):
         say("interrupted")

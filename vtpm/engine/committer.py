@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -153,7 +153,7 @@ class Committer:
         # After the answers: nobody waits for a metric.
         self._on_report(CommitReport(len(commits), sum(map(bool, refusals)), seconds))
 
-    def _durably(self, commits: list[StateCommit]) -> list[str] | None:
+    def _durably(self, commits: list[StateCommit]) -> Sequence[str] | None:
         """Commit; while the store is in trouble keep trying: the workers wait, up to their own time limit."""
         reported = 0.0
         while not self._closing:

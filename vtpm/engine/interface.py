@@ -13,7 +13,7 @@ from vtpm.store.model import KeyRecord, ProfileRecord, SealedState, StateCommit
 from vtpm.tpm.pcr import PcrBank, PcrSelection
 
 # Makes state commits durable together; one answer each, empty or the reason of the refusal (vtpm.store.Store.commit).
-CommitFunction = Callable[[Sequence[StateCommit]], list[str]]
+CommitFunction = Callable[[Sequence[StateCommit]], Sequence[str]]
 
 
 @dataclass(frozen=True, slots=True)

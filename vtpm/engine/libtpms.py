@@ -6,7 +6,7 @@ the engine is in this file. Memory: buffers that libtpms allocates come from its
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import cffi
 
@@ -46,6 +46,14 @@ _TPM_VERSION_2: Final = 1
 _PERMANENT: Final = b"permall"
 _VOLATILE: Final = b"volatilestate"
 _MAX_STATE_SIZE: Final = 4 << 20
+
+
+class Response(Protocol):
+    """A response where libtpms left it; the next command overwrites it."""
+
+    def __len__(self) -> int: ...
+
+    def __buffer__(self, flags: int, /) -> memoryview: ...
 
 
 class Libtpms:
@@ -213,13 +221,14 @@ class Libtpms:
             self._lib.TPMLIB_Terminate()
             self._on = False
 
-    def process_in_place(self, size: int) -> Any:
+    def process_in_place(self, size: int) -> Response:
         """Run the `size` bytes in `command`; return the response as a buffer that is valid until the next call."""
         response, response_size = self._response, self._response_size
         result = self._process(response, response_size, self._buffer_size, self._command, size)
         if result:
             self._check(result, "TPMLIB_Process")
-        return _buffer(response[0], response_size[0])
+        view: Response = _buffer(response[0], response_size[0])
+        return view
 
     def process(self, command: bytes) -> bytes:
         """Run one command of at most 4096 bytes; return the response.

@@ -29,9 +29,7 @@ from vtpm.tpm.pcr import PcrBank, PcrSelection
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from typing_extensions import Buffer
-
-    from vtpm.engine.libtpms import Libtpms
+    from vtpm.engine.libtpms import Libtpms, Response
     from vtpm.engine.operations import Operations
 
 EXIT_STOPPED: Final = 0
@@ -239,7 +237,7 @@ class Worker:
         if buffer and fd in self._connections:
             self._partial[fd] = (buffer, since)
 
-    def _answer(self, connection: socket.socket, fd: int, response: Buffer) -> None:
+    def _answer(self, connection: socket.socket, fd: int, response: Response) -> None:
         try:
             sent = connection.send(response)
         except OSError:
@@ -259,7 +257,7 @@ class Worker:
         for fd in [fd for fd, (_, since) in self._partial.items() if since < oldest]:
             self._drop(fd)
 
-    def _execute(self, size: int, ordinal: int) -> Buffer:
+    def _execute(self, size: int, ordinal: int) -> Response:
         """Run the command in the TPM's buffer; the response is valid until the next command."""
         tpm = self._tpm
         start = time.perf_counter_ns()

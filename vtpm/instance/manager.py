@@ -234,13 +234,13 @@ class InstanceManager:
 
     # ---- one instance's TPM ----------------------------------------------------------------------------------------------
 
-    def tpm_socket(self, record: InstanceRecord) -> Path | None:
+    def tpm_socket(self, record: InstanceRecord) -> Path:
         """The instance's data socket, while it is ON."""
-        return self._lifecycle.sockets.tpm_socket(record.id) if record.state is InstanceState.ON else None
+        return self._lifecycle.sockets.tpm_socket(record.id)
 
-    def guest_socket(self, record: InstanceRecord) -> Path | None:
+    def guest_socket(self, record: InstanceRecord) -> Path:
         """The instance's gRPC socket, while it is ON."""
-        return self._lifecycle.sockets.guest_socket(record.id) if record.state is InstanceState.ON else None
+        return self._lifecycle.sockets.guest_socket(record.id)
 
     def control_listener(self, record: InstanceRecord) -> socket.socket | None:
         """The listening control socket of the swtpm protocol, while the instance is ON."""
@@ -286,7 +286,7 @@ class InstanceManager:
         """Return what `measure` recorded since the last reset."""
         return await (await self._tpm(ref)).tpm.event_log()
 
-    async def drain_command_counts(self) -> list[pb.OrdinalCount]:
+    async def drain_command_counts(self) -> Sequence[pb.OrdinalCount]:
         """Return and clear the command counts of every running TPM."""
         statuses = await asyncio.gather(
             *(running.tpm.status() for running in self._lifecycle.all_running()), return_exceptions=True

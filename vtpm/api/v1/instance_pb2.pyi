@@ -277,9 +277,9 @@ class Instance(_message.Message):
     etag: _builtins.str
     """Changes whenever the instance changes; give it back to make a change conditional."""
     tpm_socket: _builtins.str
-    """Data socket of the swtpm protocol; exists while ON. Its control twin is this path + `.ctrl`."""
+    """Data socket of the swtpm protocol; it exists while ON. Its control twin is this path + `.ctrl`."""
     guest_socket: _builtins.str
-    """gRPC socket on which TpmService speaks for this instance alone; exists while ON."""
+    """gRPC socket on which TpmService speaks for this instance alone; it exists while ON."""
     epoch: _builtins.int
     """Ownership epoch: rises with every power on."""
     @_builtins.property
