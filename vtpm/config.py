@@ -55,7 +55,9 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="VTPM_", extra="forbid", frozen=True, validate_default=True)
 
     state_dir: Path = Field(default_factory=default_state_dir, description="Directory of the store and the key file; 0700.")
-    runtime_dir: Path = Field(default_factory=default_runtime_dir, description="Directory of the sockets; 0700.")
+    runtime_dir: Path = Field(
+        default_factory=default_runtime_dir, description="Directory of the sockets; 0700, or 0710 with socket_group."
+    )
     store_url: str = Field(default="", description="Database of the store; default: `vtpm.db` in the state directory.")
     key_provider: str = Field(default="file", description="Key provider that wraps the data keys, by its entry point name.")
     key_provider_options: dict[str, str] = Field(

@@ -198,6 +198,9 @@ def parse_arguments(arguments: list[str]) -> dict[str, Any]:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"vtpm {__version__}")
+    parser.add_argument(
+        "--config-file", metavar="VALUE", help="The TOML file; default: /etc/vtpm/vtpm.toml or the XDG directory's."
+    )
     for name, field in Settings.model_fields.items():
         parser.add_argument(
             f"--{name.replace('_', '-')}", dest=name, metavar="VALUE", help=(field.description or "").replace("%", "%%")
@@ -209,6 +212,8 @@ def main(arguments: list[str]) -> int:
     """Run the daemon in the foreground; returns the exit status."""
     try:
         settings = Settings.load(parse_arguments(arguments))
+        # What is made is for this user alone, but where a mode says otherwise.
+        os.umask(0o077)
         configure(settings.log_format, settings.log_level)
         sandbox.forbid_dumps()
         uvloop.run(_serve(settings))

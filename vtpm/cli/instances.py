@@ -297,9 +297,9 @@ def watch(
         for event in client.instances.WatchInstances(pb.WatchInstancesRequest(filter=filter_text)):
             kind = pb.InstanceEvent.Type.Name(event.type)
             if form is Format.TABLE:
-                sys.stdout.write(
-                    f"{kind:<8}  {pb.State.Name(event.instance.state):<6}  {event.instance.name}\n".rstrip() + "\n"
-                )
+                about = f"{pb.State.Name(event.instance.state):<6}  {event.instance.name}" if event.HasField("instance") else ""
+                sys.stdout.write(f"{kind:<8}  {about}".rstrip() + "\n")
+                sys.stdout.flush()
             else:
                 value = {"type": kind, "instance": output.instance_dict(event.instance) if event.HasField("instance") else None}
                 output.emit(value, form)

@@ -42,8 +42,8 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def options(
-    state_dir: Annotated[Path | None, typer.Option(help="As the daemon's; or VTPM_STATE_DIR.")] = None,
-    runtime_dir: Annotated[Path | None, typer.Option(help="As the daemon's; or VTPM_RUNTIME_DIR.")] = None,
+    state_dir: Annotated[Path | None, typer.Option(readable=False, help="As the daemon's; or VTPM_STATE_DIR.")] = None,
+    runtime_dir: Annotated[Path | None, typer.Option(readable=False, help="As the daemon's; or VTPM_RUNTIME_DIR.")] = None,
     address: Annotated[str, typer.Option(help="gRPC target to use instead of the runtime directory's socket.")] = "",
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:

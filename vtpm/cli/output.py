@@ -6,9 +6,11 @@ import enum
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from vtpm.api.v1 import instance_pb2 as pb
+
+_NO_LIMIT: Final = 10_000
 
 
 class Format(enum.StrEnum):
@@ -112,13 +114,14 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(soft_wrap=not sys.stdout.isatty())
+    # Without a terminal Rich assumes 80 columns and cuts what is longer.
+    console = Console(width=None if sys.stdout.isatty() else _NO_LIMIT)
     grid = Table(box=None, pad_edge=False, header_style="bold")
     for name in head:
         grid.add_column(name, overflow="fold", no_wrap=not sys.stdout.isatty())
     for row in rows:
         grid.add_row(*row)
-    console.print(grid, width=None if sys.stdout.isatty() else 10_000, soft_wrap=True, markup=False)
+    console.print(grid, markup=False)
 
 
 def mapping(value: Mapping[str, Any]) -> None:

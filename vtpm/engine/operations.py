@@ -28,7 +28,7 @@ from tpm2_pytss.types import (
 
 from vtpm.engine.libtpms import Libtpms
 from vtpm.engine.tcti import InProcessTcti
-from vtpm.errors import EngineError, TpmError
+from vtpm.errors import EngineError, FailedPreconditionError, TpmError
 from vtpm.tpm.codes import Handle, response_code_name
 from vtpm.tpm.keys import AK_HANDLE, KeyAlgorithm, ak_template, ek_handle, ek_template
 from vtpm.tpm.pcr import PcrBank, PcrSelection, marshal_selections
@@ -135,7 +135,11 @@ class Operations:
                 command = pcr_read_command(PcrSelection(selection.bank, indices))
                 counter, digests = parse_pcr_read(self._run("TPM2_PCR_Read", command))
                 if len(digests) != len(indices):
-                    raise EngineError("PCR_BANK_NOT_ALLOCATED", f"the {selection.bank.hash_name} bank is not allocated")
+                    raise FailedPreconditionError(
+                        "PCR_BANK_NOT_ALLOCATED",
+                        f"the {selection.bank.hash_name} bank is not allocated",
+                        remedy="choose the banks at creation: --pcr-banks",
+                    )
                 values.extend((selection.bank, index, digest) for index, digest in zip(indices, digests, strict=True))
         return counter, values
 
