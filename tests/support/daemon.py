@@ -131,7 +131,7 @@ class DaemonProcess:
 
     def vtpm(self, *arguments: str, check: bool = True, stdin: bytes | None = None) -> subprocess.CompletedProcess[bytes]:
         """Run the vtpm command against this daemon."""
-        command = [sys.executable, "-m", "vtpm.cli.main", *arguments]
+        command = [str(Path(sys.executable).with_name("vtpm")), *arguments]
         done = subprocess.run(command, env=self.env, capture_output=True, check=False, input=stdin, timeout=60)
         if check and done.returncode:
             raise AssertionError(f"vtpm {' '.join(arguments)}: {done.returncode}: {done.stderr.decode()}")

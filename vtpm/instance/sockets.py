@@ -12,7 +12,7 @@ from typing import Final
 from vtpm.engine.interface import Listeners
 from vtpm.errors import UnavailableError
 
-_BACKLOG: Final = 16
+_BACKLOG: Final = 128
 
 
 class InstanceSockets:

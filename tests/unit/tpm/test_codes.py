@@ -84,13 +84,14 @@ def test_a_format_one_response_code_says_what_it_is_about(name: str) -> None:
     assert response_code_name(rc | 0x040 | 0x800) == f"TPM_RC_{name} (parameter 8)"
     assert response_code_name(rc | 0x200) == f"TPM_RC_{name} (handle 2)"
     assert response_code_name(rc | 0x800 | 0x100) == f"TPM_RC_{name} (session 1)"
+    assert response_code_name(rc | 0x800 | 0x700) == f"TPM_RC_{name} (session 7)"
 
 
 def test_success_is_called_success() -> None:
     assert response_code_name(0) == "TPM_RC_SUCCESS"
 
 
-@pytest.mark.parametrize("rc", [0x102, 0x180, 0x1_0100, 0x1_01C4, 0xFFFF_FFFF, 0xA0008])
+@pytest.mark.parametrize("rc", [0x102, 0x180, 0x11C4, 0x1_0100, 0x1_01C4, 0xFFFF_FFFF, 0xA0008])
 def test_an_unknown_response_code_is_shown_in_hexadecimal(rc: int) -> None:
     assert response_code_name(rc) == f"0x{rc:x}"
 
