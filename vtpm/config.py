@@ -181,9 +181,11 @@ def _read_file(path: Path, *, required: bool) -> dict[str, Any]:
         ) from None
     except OSError as error:
         raise ConfigError("CONFIG_FILE_UNREADABLE", f"the file can't be read: {error.strerror}", subject=str(path)) from None
+    if len(text) > _MAX_FILE_SIZE:
+        raise ConfigError("CONFIG_FILE_INVALID", f"the file has more than {_MAX_FILE_SIZE} bytes", subject=str(path))
     try:
         return tomllib.loads(text.decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError("CONFIG_FILE_INVALID", f"the file is no TOML: {error}", subject=str(path)) from None
 
 

@@ -9,7 +9,8 @@ from typing import Any, Final
 
 import structlog
 
-# Fields of these names never belong in a log; they are blacked out in case one is passed by mistake.
+_WITHHELD: Final = "[withheld]"
+# Fields of these names never belong in a log; they are withheld in case one is passed by mistake.
 _FORBIDDEN: Final = frozenset(
     (
         "data_key",
@@ -26,18 +27,34 @@ _FORBIDDEN: Final = frozenset(
         "plaintext",
     )
 )
-# `command` as a name is fine, as bytes it is a guest's.
 _MAX_TEXT: Final = 2000
+_MAX_DEPTH: Final = 4
 
 
 def _guard(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """Black out fields that could carry a secret, and bytes of any name."""
+    """Withhold fields that could carry a secret, and bytes of any name, however deep they are."""
     for name, value in event.items():
-        if isinstance(value, (bytes, bytearray, memoryview)) or (name in _FORBIDDEN and not _is_name(value)):
-            event[name] = "[withheld]"
-        elif isinstance(value, str) and len(value) > _MAX_TEXT:
-            event[name] = value[:_MAX_TEXT] + "…"
+        event[name] = _guarded(name, value, _MAX_DEPTH)
     return event
+
+
+def _guarded(name: str, value: Any, depth: int) -> Any:
+    # The name of a command is no secret, its bytes are a guest's.
+    if name in _FORBIDDEN and not (name == "command" and _is_name(value)):
+        return _WITHHELD
+    match value:
+        case bytes() | bytearray() | memoryview():
+            return _WITHHELD
+        case str():
+            return value if len(value) <= _MAX_TEXT else value[:_MAX_TEXT] + "…"
+        case dict() | list() | tuple() | set() | frozenset() if depth == 0:
+            return _WITHHELD
+        case dict():
+            return {key: _guarded(str(key), item, depth - 1) for key, item in value.items()}
+        case list() | tuple() | set() | frozenset():
+            return [_guarded("", item, depth - 1) for item in value]
+        case _:
+            return value
 
 
 def _is_name(value: Any) -> bool:
@@ -47,7 +64,9 @@ def _is_name(value: Any) -> bool:
 def configure(log_format: str, level: str) -> None:
     """Set logging up: `auto` writes for people on a terminal and JSON elsewhere."""
     console = log_format == "console" or (log_format == "auto" and sys.stderr.isatty())
-    renderer: Any = structlog.dev.ConsoleRenderer() if console else structlog.processors.JSONRenderer()
+    # Not the default formatter of exceptions: it shows local variables, and there are keys among them.
+    plain = structlog.dev.plain_traceback
+    renderer: Any = structlog.dev.ConsoleRenderer(exception_formatter=plain) if console else structlog.processors.JSONRenderer()
     processors: list[Any] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,

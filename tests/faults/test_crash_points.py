@@ -1,4 +1,4 @@
-"""kill -9 of the daemon between any two steps of a commit, a creation, a deletion and a rotation; the store checked after each."""
+"""kill -9 of the daemon between any two steps of a commit, creation, deletion or rotation; the store is checked after each."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sqlite3
+from pathlib import Path
 
 from tests.support import raw
 from tests.support.daemon import DaemonProcess, worker_pids
@@ -36,7 +37,7 @@ def test_a_killed_worker_fails_its_instance_and_no_fresh_tpm_takes_its_place(own
     assert raw.receive(sock) == b""
     # Not even an operator gets PCRs under a VM that was not reset: start is refused, its sockets are gone.
     assert b"INSTANCE_FAILED" in daemon.vtpm("instance", "start", "web-1", check=False).stderr
-    assert not os.path.exists(web.tpm_socket)
+    assert not Path(web.tpm_socket).exists()
     daemon.vtpm("instance", "reset", "web-1")
     again = raw.connect(daemon.get("web-1").tpm_socket)
     assert raw.counter_of(again) == count, "what was acknowledged is there"

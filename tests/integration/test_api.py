@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import stat
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -169,19 +172,20 @@ def test_a_guest_socket_speaks_for_its_instance_alone(daemon: DaemonProcess, run
         quoted = stub.Quote(tpm_pb2.QuoteRequest(nonce=b"n", selections=selection))
         assert quoted.ak_public_pem in [key.public_pem for key in running.keys]
         stub.ReadPcrs(tpm_pb2.ReadPcrsRequest(instance=running.id))
-        for method, request in (
+        calls: tuple[tuple[Any, Any], ...] = (
             (stub.Quote, tpm_pb2.QuoteRequest(instance=other.id, nonce=b"n", selections=selection)),
             (stub.ReadPcrs, tpm_pb2.ReadPcrsRequest(instance=other.name)),
             (stub.Execute, tpm_pb2.ExecuteRequest(command=raw.pcr_read(0), locality=1)),
-        ):
+        )
+        for method, request in calls:
             with pytest.raises(grpc.RpcError) as caught:
-                method(request)  # type: ignore[operator]
-            assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED  # type: ignore[attr-defined]
+                method(request)
+            assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
         from vtpm.api.v1.instance_pb2_grpc import InstanceServiceStub
 
         with pytest.raises(grpc.RpcError) as caught:
             InstanceServiceStub(channel).ListInstances(pb.ListInstancesRequest())
-        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED  # type: ignore[attr-defined]
+        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
 def test_health_and_reflection(daemon: DaemonProcess, running: pb.Instance) -> None:
@@ -201,12 +205,9 @@ def test_health_and_reflection(daemon: DaemonProcess, running: pb.Instance) -> N
 
 
 def test_sockets_are_for_their_user_alone(daemon: DaemonProcess, running: pb.Instance) -> None:
-    import os
-    import stat
-
     for path in (daemon.runtime_dir / "operator.sock", running.tpm_socket, running.tpm_socket + ".ctrl", running.guest_socket):
-        assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+        assert stat.S_IMODE(Path(path).stat().st_mode) == 0o600
     for path in (daemon.state_dir, daemon.runtime_dir, daemon.runtime_dir / "instances" / running.id):
-        assert stat.S_IMODE(os.stat(path).st_mode) == 0o700
+        assert stat.S_IMODE(path.stat().st_mode) == 0o700
     for path in daemon.state_dir.iterdir():
         assert not stat.S_IMODE(path.stat().st_mode) & 0o077, path

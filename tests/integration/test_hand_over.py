@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -115,7 +116,9 @@ def test_workers_that_die_while_no_daemon_runs_are_noticed(own_daemon: DaemonPro
 def test_a_stopping_daemon_finishes_what_runs(own_daemon: DaemonProcess) -> None:
     daemon = own_daemon
     done: list[pb.Instance] = []
-    thread = threading.Thread(target=lambda: done.append(daemon.create("slow", profile=pb.Profile(ek_algorithms=[pb.RSA_3072]))))
+    thread = threading.Thread(
+        target=lambda: done.append(daemon.create("slow", profile=pb.Profile(ek_algorithms=[pb.RSA_3072])))
+    )
     thread.start()
     time.sleep(0.05)
     assert daemon.process is not None
@@ -131,14 +134,14 @@ def test_a_stopping_daemon_finishes_what_runs(own_daemon: DaemonProcess) -> None
 @pytest.mark.parametrize("offset", ["+30y", "-10y"])
 def test_a_clock_that_jumped_changes_nothing_that_matters(own_daemon: DaemonProcess, offset: str) -> None:
     """The state survives a daemon whose wall clock is elsewhere (libfaketime, where it is installed)."""
-    library = "/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1"
-    if not os.path.exists(library):
+    library = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")
+    if not library.exists():
         pytest.skip("libfaketime is not installed")
     daemon = own_daemon
     sock = raw.connect(daemon.running("web-1").tpm_socket)
     raw.succeed(sock, raw.nv_define(raw.COUNTER, counter=True))
     daemon.stop()
-    daemon.environment |= {"LD_PRELOAD": library, "FAKETIME": offset, "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+    daemon.environment |= {"LD_PRELOAD": str(library), "FAKETIME": offset, "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
     daemon.start()
     raw.succeed(sock, raw.nv_increment())
     before = raw.counter_of(sock)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 from tests.integration.conftest import Tool
@@ -17,7 +18,7 @@ def shown(daemon: DaemonProcess, name: str) -> dict[str, object]:
     return value
 
 
-def test_the_tour(own_daemon: DaemonProcess, tool: object, tmp_path: Path) -> None:
+def test_the_tour(own_daemon: DaemonProcess, tmp_path: Path) -> None:
     daemon = own_daemon
     daemon.vtpm("instance", "create", "web-1")
     assert shown(daemon, "web-1")["state"] == "OFF"
@@ -46,11 +47,11 @@ def test_the_tour(own_daemon: DaemonProcess, tool: object, tmp_path: Path) -> No
 
 
 def test_everything_is_there_after_the_daemon_was_stopped_and_started(
-    own_daemon: DaemonProcess, tool: "type[object]", tmp_path: Path
+    own_daemon: DaemonProcess, tool: Callable[[pb.Instance], Tool], tmp_path: Path
 ) -> None:
     daemon = own_daemon
     web = daemon.running("web-1", profile=pb.Profile())
-    run: Tool = tool(web)  # type: ignore[assignment,call-arg]
+    run = tool(web)
     run("tpm2_nvdefine", "0x01500001", "-s", "8", "-a", "ownerread|ownerwrite")
     (tmp_path / "value").write_bytes(b"8 octets")
     run("tpm2_nvwrite", "0x01500001", "-C", "o", "-i", "value")

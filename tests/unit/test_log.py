@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import structlog
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vtpm import log as vtpm_log
@@ -83,11 +83,13 @@ def test_a_field_that_could_carry_a_secret_is_withheld(field: str, log_format: s
         assert "[withheld]" in text
 
 
+@settings(deadline=None)
 @given(secret=secrets, field=st.sampled_from(SECRET_FIELDS))
 def test_no_secret_passes_whatever_it_is(secret: str, field: str) -> None:
     assert event(lambda log: log.info("mistake", **{field: secret}))[field] == "[withheld]"
 
 
+@settings(deadline=None)
 @given(value=st.binary(max_size=64), field=st.sampled_from(["pcr", "digest", "text", "instance", "x"]))
 def test_bytes_are_withheld_under_any_name(value: bytes, field: str) -> None:
     for form in (value, bytearray(value), memoryview(value)):
@@ -145,3 +147,28 @@ def test_a_traceback_in_json_shows_no_local_variable() -> None:
 def test_a_text_that_looks_like_json_stays_a_text() -> None:
     assert event(lambda log: log.info("odd", name='"}\n{"event": "forged'))["name"] == '"}\n{"event": "forged'
     assert len(written(lambda log: log.info("odd", name="a\nb")).splitlines()) == 1
+
+
+def test_a_traceback_on_a_console_shows_no_local_variables() -> None:
+    def fail() -> None:
+        data_key = "hunter2hunter2"
+        raise ValueError(len(data_key))
+
+    def act(log: Any) -> None:
+        try:
+            fail()
+        except ValueError:
+            log.exception("boom")
+
+    text = written(act, "console")
+    assert "ValueError" in text
+    assert "hunter2hunter2" not in text
+
+
+def test_secrets_inside_of_containers_and_in_capitals_are_withheld() -> None:
+    line = event(
+        lambda log: log.info("x", f={"auth": "HUNTERTWO", "fine": 1}, items=[b"abc", ("ok", b"abc")], password="HUNTERTWO")
+    )
+    assert line["f"] == {"auth": "[withheld]", "fine": 1}
+    assert line["items"] == ["[withheld]", ["ok", "[withheld]"]]
+    assert line["password"] == "[withheld]"

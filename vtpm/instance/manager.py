@@ -7,6 +7,7 @@ import datetime as dt
 import os
 import socket
 import uuid
+import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Final
@@ -15,7 +16,7 @@ import structlog
 
 from vtpm import __version__
 from vtpm.engine.v1 import link_pb2 as pb
-from vtpm.errors import ConflictError, FailedPreconditionError, InvalidArgumentError, NotFoundError
+from vtpm.errors import ConflictError, FailedPreconditionError, InvalidArgumentError, NotFoundError, StoreError
 from vtpm.instance.lifecycle import Lifecycle, Running
 from vtpm.instance.model import (
     CreateRequest,
@@ -61,7 +62,7 @@ class InstanceManager:
         self._start_time = dt.datetime.now(dt.UTC)
         # Manufacture is bound by the processor: more at once only make each slower.
         self._manufacturing = asyncio.Semaphore(max(2, os.cpu_count() or 1))
-        self._creating: dict[str, asyncio.Lock] = {}
+        self._creating: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         self._rotating = False
 
     # ---- resources -------------------------------------------------------------------------------------------------------
@@ -76,10 +77,7 @@ class InstanceManager:
         request_id = check_request_id(request.request_id)
         lock = self._creating.setdefault(request_id, asyncio.Lock()) if request_id else asyncio.Lock()
         async with lock:
-            try:
-                return await self._create(request, request_id)
-            finally:
-                self._creating.pop(request_id, None)
+            return await self._create(request, request_id)
 
     async def _create(self, request: CreateRequest, request_id: str) -> InstanceRecord:
         instance = uuid.uuid4()
@@ -158,7 +156,15 @@ class InstanceManager:
                 return
             raise
         async with self._lifecycle.lock(record.id):
-            record = await self._lifecycle.blocking(self._store.delete, record.id, revision)
+            try:
+                record = await self._lifecycle.blocking(self._store.delete, record.id, revision)
+            except StoreError as error:
+                if error.reason == "ERASURE_PENDING":
+                    self._deleted(record)
+                raise
+        self._deleted(record)
+
+    def _deleted(self, record: InstanceRecord) -> None:
         self._lifecycle.sockets.remove(record.id)
         log.info("instance.deleted", instance=str(record.id), name=record.name)
         self._hub.publish("DELETED", record)

@@ -47,7 +47,15 @@ class Place:
 
 
 def seal(data_key: bytes, place: Place, plaintext: bytes) -> bytes:
-    """Return the envelope of `plaintext` for `place`. `data_key` has 32 bytes."""
+    """Return the envelope of `plaintext` for `place`. `data_key` has 32 bytes.
+
+    Raises:
+        SealedStateError: ENVELOPE_TOO_LARGE, `unseal` would refuse it.
+    """
+    if len(plaintext) > MAX_ENVELOPE_SIZE - _HEADER.size - _TAG_SIZE:
+        raise SealedStateError(
+            "ENVELOPE_TOO_LARGE", f"a state of {len(plaintext)} bytes can't be sealed", subject=str(place.instance)
+        )
     header = _HEADER.pack(
         _MAGIC,
         _FORMAT,

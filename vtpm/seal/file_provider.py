@@ -79,15 +79,17 @@ class FileKeyProvider:
 
     def _read(self) -> None:
         try:
-            fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            # Without O_NONBLOCK a named pipe would keep the daemon waiting for ever.
+            fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError as error:
             raise self._error(
                 "KEY_FILE_UNUSABLE", f"the key file can't be read: {error.strerror}", "check what it is"
             ) from None
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            os.close(fd)
+            raise self._error("KEY_FILE_UNUSABLE", "the key file is no regular file", "put the key file there")
         with open(fd, "rb") as file:  # noqa: PTH123  # by descriptor: what was checked is what is read
-            status = os.fstat(fd)
-            if not stat.S_ISREG(status.st_mode):
-                raise self._error("KEY_FILE_UNUSABLE", "the key file is no regular file", "put the key file there")
             if status.st_uid != os.geteuid():
                 raise self._error(
                     "KEY_FILE_OWNER",
@@ -116,9 +118,9 @@ class FileKeyProvider:
                 )
             keys = {str(key): base64.b64decode(value, validate=True) for key, value in document["keys"].items()}
             current = document["current"]
-        except (ValueError, KeyError, TypeError, AttributeError, binascii.Error):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, binascii.Error):
             raise damaged from None
-        if current not in keys or any(len(key) != DATA_KEY_SIZE for key in keys.values()):
+        if not isinstance(current, str) or current not in keys or any(len(key) != DATA_KEY_SIZE for key in keys.values()):
             raise damaged
         self._keys, self._current = keys, current
 

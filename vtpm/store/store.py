@@ -10,10 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import sqlalchemy as sa
+import structlog
 from sqlalchemy.exc import IntegrityError
 
 from vtpm.crashpoints import crash_point
-from vtpm.errors import AlreadyExistsError, ConflictError, FailedPreconditionError, NotFoundError
+from vtpm.errors import AlreadyExistsError, ConflictError, FailedPreconditionError, NotFoundError, StoreError
 from vtpm.seal.envelope import StateKind
 from vtpm.seal.keys import WrappedKey
 from vtpm.store import database
@@ -21,6 +22,8 @@ from vtpm.store.commits import StateCommits
 from vtpm.store.model import Failure, Filter, InstanceRecord, InstanceState, NewInstance, SealedState, StateCommit
 from vtpm.store.rows import dump_failure, dump_keys, dump_profile, now, to_record
 from vtpm.store.schema import data_keys, instances, labels, requests, states
+
+log: Final = structlog.get_logger("vtpm.store")
 
 _DELETING: Final = "DELETING"
 _REQUEST_LIFETIME: Final = dt.timedelta(hours=24)
@@ -47,7 +50,12 @@ class Store:
             try:
                 database.migrate(read, write, url)
                 store = cls(url, read, write)
-                store._finish_deletions()
+                try:
+                    store._finish_deletions()
+                except StoreError as error:
+                    if error.reason != "ERASURE_PENDING":
+                        raise
+                    log.warning("store.erasure_pending", remedy=error.remedy)
             except BaseException:
                 read.dispose()
                 raise
@@ -120,7 +128,9 @@ class Store:
         if wanted.name is not None:
             conditions.append(instances.c.name == wanted.name)
         if wanted.name_prefix is not None:
-            conditions.append(instances.c.name.startswith(wanted.name_prefix, autoescape=True))
+            # Not LIKE, which takes upper and lower case for the same in SQLite.
+            prefix = wanted.name_prefix
+            conditions.append(sa.func.substr(instances.c.name, 1, len(prefix)) == prefix)
         for key, value in wanted.labels.items():
             match = sa.select(labels.c.instance).where(labels.c.key == key, labels.c.value == value)
             conditions.append(instances.c.id.in_(match))
@@ -140,7 +150,9 @@ class Store:
 
     def find_request(self, request_id: str) -> tuple[uuid.UUID, bytes] | None:
         """Return (instance, fingerprint) of an earlier creation under `request_id`; kept for 24 hours."""
-        query = sa.select(requests.c.instance, requests.c.fingerprint).where(requests.c.id == uuid.UUID(request_id))
+        query = sa.select(requests.c.instance, requests.c.fingerprint).where(
+            requests.c.id == uuid.UUID(request_id), requests.c.created_at >= now() - _REQUEST_LIFETIME
+        )
         with self._reading() as connection:
             row = connection.execute(query).first()
         return (row.instance, row.fingerprint) if row else None
@@ -168,7 +180,7 @@ class Store:
         """Add a manufactured instance, OFF, with its key and state, in one transaction.
 
         Raises:
-            AlreadyExistsError: INSTANCE_NAME_TAKEN.
+            AlreadyExistsError: INSTANCE_NAME_TAKEN or REQUEST_ID_TAKEN.
         """
         moment = now()
         row = {
@@ -205,7 +217,11 @@ class Store:
                 if new.request_id:
                     self._insert_request(connection, new, moment)
                 crash_point("create.before_commit")
-        except IntegrityError:
+        except IntegrityError as error:
+            if "requests.id" in str(error.orig):
+                raise AlreadyExistsError(
+                    "REQUEST_ID_TAKEN", "a creation under this request_id was faster", remedy="send the same request again"
+                ) from None
             raise AlreadyExistsError(
                 "INSTANCE_NAME_TAKEN",
                 "an instance of this name exists",
@@ -309,6 +325,7 @@ class Store:
 
         Raises:
             FailedPreconditionError: INSTANCE_ON.
+            StoreError: ERASURE_PENDING, the data key is deleted and a copy is left in the log of the store.
         """
         with self._writing() as connection:
             record = self._by_id(connection, instance)
@@ -320,17 +337,26 @@ class Store:
             self._change(connection, instance, {"state": _DELETING}, revision=revision)
             connection.execute(sa.delete(data_keys).where(data_keys.c.instance == instance))
             crash_point("delete.before_erase")
-        # The log would keep the old page until it is overwritten.
-        with database.errors(self._url), self._read_engine.connect() as connection:
-            connection.execution_options(isolation_level="AUTOCOMMIT").exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
-        crash_point("delete.after_erase")
         self._finish_deletions()
         return record
 
     def _finish_deletions(self) -> None:
+        """Erase what is left of the data keys of deleted instances, then forget the instances."""
         with self._reading() as connection:
             if connection.execute(sa.select(instances.c.id).where(instances.c.state == _DELETING).limit(1)).first() is None:
                 return
+        # The write-ahead log would keep the old page until it is overwritten.
+        with database.errors(self._url), self._read_engine.connect() as connection:
+            autocommit = connection.execution_options(isolation_level="AUTOCOMMIT")
+            busy = autocommit.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").scalar()
+        if busy:
+            raise StoreError(
+                "ERASURE_PENDING",
+                "the instance is deleted, but a process that reads the store keeps its wrapped data key from being erased",
+                subject=self._url,
+                remedy="end that process; the next deletion or start of the daemon erases the rest",
+            )
+        crash_point("delete.after_erase")
         with self._writing() as connection:
             doomed = sa.select(instances.c.id).where(instances.c.state == _DELETING).scalar_subquery()
             for table in (states, labels, data_keys):

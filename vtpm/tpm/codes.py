@@ -198,7 +198,7 @@ _FORMAT_ZERO: Final = {
     0x920: "NV_RATE", 0x921: "LOCKOUT", 0x922: "RETRY", 0x923: "NV_UNAVAILABLE", 0x97F: "NOT_USED",
 }  # fmt: skip
 _REFERENCES: Final = tuple(
-    [f"REFERENCE_H{number}" for number in range(7)] + [""] * 9 + [f"REFERENCE_S{number}" for number in range(7)]
+    [f"REFERENCE_H{number}" for number in range(7)] + [""] + [f"REFERENCE_S{number}" for number in range(7)]
 )
 
 # Format one (bit 7 set): the low six bits. Part 2, 6.6.3.

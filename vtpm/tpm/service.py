@@ -59,7 +59,13 @@ def quote_command(key: int, selections: Sequence[PcrSelection], nonce: bytes) ->
 
 
 def response_code(response: bytes) -> int:
-    """Return the TPM_RC of a response."""
+    """Return the TPM_RC of a response.
+
+    Raises:
+        InvalidArgumentError: RESPONSE_MALFORMED.
+    """
+    if len(response) < HEADER_SIZE:
+        raise _malformed()
     return int(HEADER.unpack_from(response)[2])
 
 
@@ -81,7 +87,7 @@ def parse_pcr_read(response: bytes) -> tuple[int, tuple[bytes, ...]]:
         for _ in range(count):
             digest, offset = _sized(response, offset)
             digests.append(digest)
-    except struct.error:
+    except (struct.error, InvalidArgumentError):
         raise _malformed() from None
     return counter, tuple(digests)
 

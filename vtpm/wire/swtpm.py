@@ -149,8 +149,8 @@ class ControlServers:
 class ControlReader:
     """Takes bytes as they come and gives whole requests. `broken` says that a code was unknown and framing is lost.
 
-    tpm2-tss sends SET_LOCALITY as code and one byte, QEMU pads that byte to four with zeros (`tpm_ioctl.h`). No code begins
-    with three zero bytes and another zero, so that padding which comes late can be told from the next request.
+    tpm2-tss sends SET_LOCALITY as code and one byte, QEMU pads that byte to four with zeros (`tpm_ioctl.h`). Every code begins
+    with three zero bytes and none with four, so that padding can be told from the next request however the bytes come.
     """
 
     def __init__(self) -> None:
@@ -187,8 +187,9 @@ class ControlReader:
         if not self._padding or not buffer:
             return
         zeros = len(buffer) - len(buffer.lstrip(b"\0"))
-        if zeros >= _CODE.size - 1 + self._padding or (zeros == self._padding and len(buffer) == zeros):
+        if zeros > self._padding:
+            # A code begins with three zeros and no more.
             del buffer[: self._padding]
             self._padding = 0
-        elif zeros == _CODE.size - 1 and len(buffer) > zeros:
+        elif zeros < len(buffer):
             self._padding = 0

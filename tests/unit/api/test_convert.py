@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.unit.api.fakes import A_FAILURE, AK_PUBLIC, TIME, a_record
+from tests.unit.api.given import A_FAILURE, AK_PUBLIC, TIME, a_record
 from vtpm.api import convert
 from vtpm.api.pages import make_page_token, parse_page_token
 from vtpm.api.v1 import instance_pb2 as pb
@@ -30,7 +31,7 @@ def reason_of(function: object, *args: object) -> str:
 
 def test_an_instance_is_shown_as_it_is() -> None:
     record = a_record("db", state=InstanceState.FAILED, failure=A_FAILURE, epoch=7, revision=42)
-    shown = convert.instance_to_proto(record, None, None)
+    shown = convert.instance_to_proto(record, Path("/r/tpm.sock"), Path("/r/guest.sock"))
     assert (shown.id, shown.name, dict(shown.labels), shown.engine) == (str(record.id), "db", {"team": "web"}, "libtpms")
     assert (shown.state, shown.epoch, shown.etag) == (pb.FAILED, 7, "42")
     assert (shown.failure.reason, shown.failure.remedy) == ("WORKER_LOST", "vtpm instance reset web-1")
@@ -38,7 +39,6 @@ def test_an_instance_is_shown_as_it_is() -> None:
     assert shown.create_time.ToDatetime(TIME.tzinfo) == TIME
     assert list(shown.profile.ek_algorithms) == [pb.RSA_2048, pb.ECC_P384]
     assert list(shown.profile.pcr_banks) == [pb.SHA256, pb.SHA384]
-    assert (shown.tpm_socket, shown.guest_socket) == ("", "")
 
 
 def test_a_running_instance_names_its_sockets_and_keys() -> None:
@@ -173,12 +173,11 @@ def test_no_text_but_a_token_is_taken_for_one(text: str) -> None:
         assert reason_of(parse_page_token, text, "") == "PAGE_TOKEN_INVALID"
 
 
-@given(st.uuids(), st.integers(0, 33), st.integers(1, 61))
+# Not the last character: a part of its bits means nothing in base64.
+@given(st.uuids(), st.integers(0, 32), st.integers(1, 61))
 def test_a_token_of_which_a_character_changed_is_refused_or_another_position(last: uuid.UUID, at: int, by: int) -> None:
     alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
     token = make_page_token(last, "")
     other = token[:at] + alphabet[(alphabet.index(token[at]) + by) % 64] + token[at + 1 :]
-    try:
+    with contextlib.suppress(InvalidArgumentError):
         assert parse_page_token(other, "") != last
-    except InvalidArgumentError as error:
-        assert error.reason == "PAGE_TOKEN_INVALID"

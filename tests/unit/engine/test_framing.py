@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vtpm.engine.framing import LENGTH, MAX_FRAME_SIZE, FrameReader, frame, receive_frame
@@ -35,6 +35,7 @@ def test_a_frame_is_its_length_and_its_message() -> None:
     assert frame(b"") == b"\0\0\0\0"
 
 
+@settings(deadline=None)
 @given(sent=messages, cuts=st.lists(st.integers(0, 700), max_size=20))
 def test_messages_arrive_whatever_the_pieces(sent: list[bytes], cuts: list[int]) -> None:
     reader = FrameReader()
@@ -42,6 +43,7 @@ def test_messages_arrive_whatever_the_pieces(sent: list[bytes], cuts: list[int])
     assert arrived == sent
 
 
+@settings(deadline=None)
 @given(sent=messages)
 def test_messages_arrive_byte_by_byte_and_each_with_its_last_byte(sent: list[bytes]) -> None:
     reader = FrameReader()
@@ -51,6 +53,7 @@ def test_messages_arrive_byte_by_byte_and_each_with_its_last_byte(sent: list[byt
         assert reader.feed(bytes([last])) == [message]
 
 
+@settings(deadline=None)
 @given(sent=messages, rest=st.binary(max_size=3))
 def test_half_a_message_waits_for_its_rest(sent: list[bytes], rest: bytes) -> None:
     reader = FrameReader()
@@ -70,6 +73,7 @@ def test_the_largest_message_arrives() -> None:
     assert FrameReader().feed(frame(largest)) == [largest]
 
 
+@settings(deadline=None)
 @given(size=st.integers(MAX_FRAME_SIZE + 1, 0xFFFF_FFFF), tail=st.binary(max_size=8))
 def test_a_length_above_the_bound_is_refused_before_the_message_comes(size: int, tail: bytes) -> None:
     with pytest.raises(EngineError, match=str(size)) as refused:

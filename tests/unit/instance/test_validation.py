@@ -6,7 +6,7 @@ import dataclasses
 import uuid
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vtpm.errors import ErrorKind, InvalidArgumentError
@@ -56,6 +56,7 @@ def test_a_refused_name_is_not_echoed_at_length() -> None:
     assert len(str(refused.value)) < 300
 
 
+@settings(deadline=None)
 @given(name=good_names | st.text(max_size=70))
 def test_a_name_that_is_taken_is_safe_in_paths_filters_and_resource_names(name: str) -> None:
     try:
@@ -71,6 +72,7 @@ def test_a_name_that_is_taken_is_safe_in_paths_filters_and_resource_names(name: 
     assert reason in {"", "INSTANCE_NAME_INVALID"}
 
 
+@settings(deadline=None)
 @given(identifier=st.uuids(), form=st.sampled_from(["{}", "{{{}}}", "urn:uuid:{}"]))
 def test_no_way_to_write_a_uuid_is_a_name(identifier: uuid.UUID, form: str) -> None:
     for text in (str(identifier), identifier.hex):
@@ -78,6 +80,7 @@ def test_no_way_to_write_a_uuid_is_a_name(identifier: uuid.UUID, form: str) -> N
             check_name(form.format(text))
 
 
+@settings(deadline=None)
 @given(labels=st.dictionaries(good_keys, st.text(alphabet=st.characters(codec="ascii", categories=["L", "N"]), max_size=256)))
 def test_labels_within_bounds_are_taken_as_they_are(labels: dict[str, str]) -> None:
     taken = check_labels(labels)
@@ -108,6 +111,7 @@ def test_an_instance_has_no_more_than_64_labels() -> None:
     assert refused.value.reason == "LABELS_INVALID"
 
 
+@settings(deadline=None)
 @given(identifier=st.uuids())
 def test_a_request_id_has_one_form_however_it_is_written(identifier: uuid.UUID) -> None:
     for text in (str(identifier), str(identifier).upper(), identifier.hex, f"{{{identifier}}}", identifier.urn):
@@ -118,6 +122,7 @@ def test_no_request_id_stays_none() -> None:
     assert check_request_id("") == ""
 
 
+@settings(deadline=None)
 @given(text=st.text(min_size=1, max_size=31) | st.just("0198c0de-0000-7000-8000-00000000000g"))
 def test_a_request_id_that_is_no_uuid_is_refused(text: str) -> None:
     with pytest.raises(InvalidArgumentError) as refused:

@@ -7,7 +7,7 @@ import traceback
 import uuid
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vtpm.errors import ErrorKind, SealedStateError
@@ -45,6 +45,7 @@ def patched(envelope: bytes, offset: int, replacement: bytes) -> bytes:
     return envelope[:offset] + replacement + envelope[offset + len(replacement) :]
 
 
+@settings(deadline=None)
 @given(place=places, plaintext=st.binary(max_size=300))
 def test_what_was_sealed_comes_back_at_its_place(place: Place, plaintext: bytes) -> None:
     assert unseal(KEY, place, seal(KEY, place, plaintext)) == plaintext
@@ -83,6 +84,7 @@ def test_a_blob_moved_to_another_place_is_refused_by_name(sealed: bytes, moved_t
     assert refusal(moved_to, sealed).reason == reason
 
 
+@settings(deadline=None)
 @given(place=places, other=places)
 def test_a_blob_opens_at_no_other_place(place: Place, other: Place) -> None:
     sealed = seal(KEY, place, SECRET)
@@ -140,6 +142,7 @@ def test_an_envelope_with_no_room_for_header_and_tag_is_truncated(sealed: bytes,
     assert refusal(PLACE, sealed[:size]).reason == "ENVELOPE_TRUNCATED"
 
 
+@settings(deadline=None)
 @given(data=st.data())
 def test_a_cut_envelope_never_opens(data: st.DataObject) -> None:
     sealed = seal(KEY, PLACE, SECRET)
@@ -148,11 +151,13 @@ def test_a_cut_envelope_never_opens(data: st.DataObject) -> None:
     assert refusal(PLACE, sealed[:cut]).reason == reason
 
 
+@settings(deadline=None)
 @given(tail=st.binary(min_size=1, max_size=40))
 def test_an_envelope_with_more_behind_it_never_opens(tail: bytes) -> None:
     assert refusal(PLACE, seal(KEY, PLACE, SECRET) + tail).reason == "ENVELOPE_AUTHENTICATION_FAILED"
 
 
+@settings(deadline=None)
 @given(bit=st.integers(0, (HEADER_SIZE + len(SECRET) + TAG_SIZE) * 8 - 1))
 def test_one_flipped_bit_anywhere_is_refused_with_the_reason_of_its_field(bit: int) -> None:
     flipped = bytearray(seal(KEY, PLACE, SECRET))
@@ -177,6 +182,7 @@ def test_the_largest_state_opens_again() -> None:
     assert unseal(KEY, PLACE, seal(KEY, PLACE, largest)) == largest
 
 
+@settings(deadline=None)
 @given(envelope=st.binary(max_size=120) | st.binary(min_size=60, max_size=120).map(lambda tail: b"VTPM\x01\x01\x01\x00" + tail))
 def test_any_bytes_name_a_place_or_are_refused(envelope: bytes) -> None:
     try:
@@ -188,6 +194,7 @@ def test_any_bytes_name_a_place_or_are_refused(envelope: bytes) -> None:
     assert reason in {"ENVELOPE_TRUNCATED", "ENVELOPE_FORMAT_UNKNOWN", "ENVELOPE_AUTHENTICATION_FAILED"}
 
 
+@settings(deadline=None)
 @given(envelope=st.binary(max_size=200), key=st.binary(min_size=32, max_size=32))
 def test_a_refusal_shows_no_byte_of_key_or_state(envelope: bytes, key: bytes) -> None:
     for damaged in (envelope, seal(key, PLACE, SECRET)[:-1], seal(key, PLACE, SECRET) + envelope[:1] + b"\0"):
@@ -196,3 +203,12 @@ def test_a_refusal_shows_no_byte_of_key_or_state(envelope: bytes, key: bytes) ->
         assert SECRET.decode() not in shown
         assert repr(key)[2:-1] not in shown
         assert key.hex() not in shown
+
+
+def test_what_could_not_be_unsealed_is_not_sealed() -> None:
+    place = Place(uuid.uuid4(), StateKind.PERMANENT, 1, 1)
+    largest = bytes((4 << 20) - 68)
+    assert unseal(bytes(32), place, seal(bytes(32), place, largest)) == largest
+    with pytest.raises(SealedStateError) as refused:
+        seal(bytes(32), place, largest + b"x")
+    assert refused.value.reason == "ENVELOPE_TOO_LARGE"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vtpm.errors import ErrorKind, KeyProviderError, SealedStateError
@@ -195,6 +195,7 @@ def test_a_wrapped_key_moved_to_another_instance_is_refused_by_name(provider: Fi
     assert (refused.value.reason, refused.value.subject) == ("DATA_KEY_AUTHENTICATION_FAILED", str(OTHER_INSTANCE))
 
 
+@settings(deadline=None)
 @given(data=st.data())
 def test_a_damaged_wrapped_key_is_refused_by_name(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     provider = opened(tmp_path_factory.getbasetemp(), create=True)
@@ -232,3 +233,26 @@ def test_no_key_is_shown_by_the_provider_or_its_refusals(provider: FileKeyProvid
         "".join(traceback.format_exception(error)) + repr(error) for error in (moved.value, refusal(key_file))
     )
     assert [secret for secret in secrets if secret in shown] == []
+
+
+def _pipe(path: Path) -> None:
+    os.mkfifo(path, 0o600)
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, _pipe])
+def test_what_is_no_file_is_refused_at_once(tmp_path: Path, make: Any) -> None:
+    make(tmp_path / "keys.json")
+    with pytest.raises(KeyProviderError) as refused:
+        opened(tmp_path)
+    assert refused.value.reason == "KEY_FILE_UNUSABLE"
+
+
+@pytest.mark.parametrize(
+    "content", ['{"format":1,"current":[],"keys":{}}', "[" * 50_000, '{"format":1,"current":"x","keys":[]}']
+)
+def test_content_of_a_strange_shape_is_damage(tmp_path: Path, content: str) -> None:
+    (tmp_path / "keys.json").write_text(content)
+    (tmp_path / "keys.json").chmod(0o600)
+    with pytest.raises(KeyProviderError) as refused:
+        opened(tmp_path)
+    assert refused.value.reason == "KEY_FILE_DAMAGED"

@@ -6,7 +6,7 @@ import uuid
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.store.given import a_commit, a_new_instance, created_on, database_file
@@ -156,6 +156,7 @@ def test_a_refused_store_shows_no_state(store: Store, owned: InstanceRecord, pat
     assert "sealed bytes" not in repr(a_commit(owned, 2, blob=b"sealed bytes"))
 
 
+@settings(deadline=None)
 @given(attempts=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 6), st.binary(min_size=1, max_size=2)), max_size=12))
 def test_of_any_attempts_only_the_next_version_of_the_owner_is_kept(
     shared_store: Store, attempts: list[tuple[int, int, bytes]]

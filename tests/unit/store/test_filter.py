@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vtpm.errors import ErrorKind, InvalidArgumentError
@@ -90,6 +90,7 @@ words = st.text(alphabet="abcXYZ019.-_/", min_size=1, max_size=12)
 keys = st.from_regex(r"[a-zA-Z0-9]([a-zA-Z0-9._/-]{0,10}[a-zA-Z0-9])?", fullmatch=True)
 
 
+@settings(deadline=None)
 @given(
     state=st.none() | st.sampled_from(InstanceState), prefix=st.none() | words, labels=st.dictionaries(keys, words, max_size=4)
 )
@@ -102,6 +103,7 @@ def test_a_filter_written_from_its_meaning_has_that_meaning(
     assert parse_filter(" AND ".join(terms)) == Filter(state, None, prefix, labels)
 
 
+@settings(deadline=None)
 @given(text=st.text(max_size=60) | st.text(alphabet='stateONAD=:". labelsm', max_size=60))
 def test_any_text_is_a_filter_or_is_refused(text: str) -> None:
     try:
@@ -112,3 +114,16 @@ def test_any_text_is_a_filter_or_is_refused(text: str) -> None:
         reason = ""
         assert found != Filter() or not text.strip()
     assert reason in {"", "FILTER_INVALID"}
+
+
+@pytest.mark.parametrize("text", ["state=ON AND state=OFF", "name=a AND name=b", "labels.a=x AND labels.a=x"])
+def test_a_field_named_twice_is_refused(text: str) -> None:
+    with pytest.raises(InvalidArgumentError) as refused:
+        parse_filter(text)
+    assert "twice" in refused.value.message
+
+
+def test_a_quoted_value_may_hold_the_joint_and_a_label_has_a_key() -> None:
+    assert parse_filter('labels.a="x AND y" AND name=b').labels == {"a": "x AND y"}
+    with pytest.raises(InvalidArgumentError):
+        parse_filter("labels.=x")

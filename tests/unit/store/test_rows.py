@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.store.given import KEYS, PROFILE
@@ -57,16 +57,19 @@ def test_a_row_becomes_a_record_in_utc() -> None:
     )
 
 
+@settings(deadline=None)
 @given(failure=st.none() | st.builds(Failure, texts, texts, texts, times))
 def test_a_failure_comes_back_at_the_same_moment(failure: Failure | None) -> None:
     assert read_back(failure=dump_failure(failure)).failure == failure
 
 
+@settings(deadline=None)
 @given(profile=st.builds(ProfileRecord, names, texts, names))
 def test_a_profile_comes_back(profile: ProfileRecord) -> None:
     assert read_back(profile=dump_profile(profile)).profile == profile
 
 
+@settings(deadline=None)
 @given(
     keys=st.lists(st.builds(KeyRecord, texts, texts, st.integers(0, 2**32 - 1), st.binary(max_size=40)), max_size=3).map(tuple)
 )

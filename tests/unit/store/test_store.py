@@ -271,5 +271,14 @@ def test_a_rotation_walks_over_every_key_once(store: Store) -> None:
     seen: list[uuid.UUID] = []
     while page := store.wrapped_keys(seen[-1] if seen else None, 3):
         assert all(created[instance] == wrapped for instance, wrapped in page)
+        assert page[0][0] not in seen
         seen += [instance for instance, _ in page]
     assert seen == sorted(created)
+
+
+def test_a_request_id_that_was_faster_is_told_from_a_name_that_is_taken(store: Store) -> None:
+    request_id = "0198c0de-0000-7000-8000-0000000000aa"
+    store.create(a_new_instance("a", request_id=request_id))
+    with pytest.raises(AlreadyExistsError) as refused:
+        store.create(a_new_instance("b", request_id=request_id))
+    assert refused.value.reason == "REQUEST_ID_TAKEN"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.store.given import a_commit, a_new_instance, bytes_on_disk, created_on, database_file
-from vtpm.errors import ConflictError, FailedPreconditionError, NotFoundError
+from vtpm.errors import ConflictError, FailedPreconditionError, NotFoundError, StoreError
 from vtpm.store.model import Filter
 from vtpm.store.store import Store
 
@@ -127,3 +128,24 @@ def test_a_creation_is_remembered_after_its_instance_is_deleted(store: Store) ->
     store.create(new)
     store.delete(new.id, None)
     assert store.find_request(new.request_id) == (new.id, b"asked")
+
+
+def test_a_reader_that_keeps_the_log_makes_the_erasure_pending_and_the_next_start_finishes_it(store: Store, path: Path) -> None:
+    new = a_new_instance("web-1")
+    store.create(new)
+    with sqlite3.connect(path, isolation_level=None) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM instances").fetchone()
+        with pytest.raises(StoreError) as pending:
+            store.delete(new.id, None)
+        assert pending.value.reason == "ERASURE_PENDING"
+        assert pending.value.remedy
+        reader.execute("ROLLBACK")
+    # It is gone for everybody, and its name is free when the rest is erased.
+    with pytest.raises(NotFoundError):
+        store.get("web-1")
+    store.close()
+    again = Store.open(f"sqlite:///{path}")
+    assert new.wrapped_key.blob not in bytes_on_disk(path)
+    again.create(a_new_instance("web-1"))
+    again.close()

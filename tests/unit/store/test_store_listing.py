@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.store.given import a_new_instance
@@ -38,6 +38,7 @@ def listed(store: Store, wanted: Filter, page_size: int = 1000) -> list[Instance
     found: list[InstanceRecord] = []
     while page := store.list(wanted, page_size, found[-1].id if found else None):
         assert len(page) <= page_size
+        assert page[0] not in found
         found += page
     return found
 
@@ -51,11 +52,13 @@ def full_store(shared_store: Store) -> Store:
     return shared_store
 
 
+@settings(deadline=None)
 @given(wanted=filters)
 def test_the_database_and_a_watch_agree_on_what_a_filter_wants(full_store: Store, wanted: Filter) -> None:
     assert listed(full_store, wanted) == [record for record in listed(full_store, Filter()) if wanted.matches(record)]
 
 
+@settings(deadline=None)
 @given(page_size=st.integers(1, 9))
 def test_pages_of_any_size_give_every_instance_once_and_in_order(full_store: Store, page_size: int) -> None:
     found = listed(full_store, Filter(), page_size)
@@ -110,3 +113,11 @@ def test_many_instances_come_with_their_own_labels(store: Store) -> None:
     assert {record.name: dict(record.labels) for record in store.list(Filter(), 10, None)} == {
         f"web-{number}": {"number": str(number), "team": "web"} for number in range(3)
     }
+
+
+def test_a_prefix_means_the_same_in_a_list_and_in_a_watch(store: Store) -> None:
+    record = store.create(a_new_instance("web-1"))
+    for text, found in (("name:WEB", []), ("name:web", [record]), ("name:web-%", []), ("name:we_", [])):
+        wanted = parse_filter(text)
+        assert store.list(wanted, 10, None) == found
+        assert wanted.matches(record) is bool(found)

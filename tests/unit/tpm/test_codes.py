@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tpm2_pytss.constants import TPM2_ALG, TPM2_CC, TPM2_ECC, TPM2_RC, TPM2_RH, TPM2_ST
 
@@ -96,8 +96,18 @@ def test_an_unknown_response_code_is_shown_in_hexadecimal(rc: int) -> None:
     assert response_code_name(rc) == f"0x{rc:x}"
 
 
+@settings(deadline=None)
 @given(rc=st.integers(0, 0xFFFF_FFFF))
 def test_any_response_code_has_one_line_of_text(rc: int) -> None:
     text = response_code_name(rc)
     assert text.startswith("TPM_RC_") or int(text, 16) == rc
     assert text.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("rc", "name"),
+    [(0x910, "REFERENCE_H0"), (0x916, "REFERENCE_H6"), (0x918, "REFERENCE_S0"), (0x91E, "REFERENCE_S6"), (0x920, "NV_RATE"),
+     (0x921, "LOCKOUT"), (0x922, "RETRY"), (0x923, "NV_UNAVAILABLE")],
+)  # fmt: skip
+def test_warnings_have_their_names(rc: int, name: str) -> None:
+    assert response_code_name(rc) == f"TPM_RC_{name}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tpm2_pytss.constants import TPM2_RC
 
@@ -31,6 +31,7 @@ def test_the_size_is_what_the_sender_claims_not_what_came() -> None:
     assert parse_header(bytes.fromhex("8001ffffffff00000144")).size == 0xFFFF_FFFF
 
 
+@settings(deadline=None)
 @given(data=st.binary(max_size=HEADER_SIZE - 1))
 def test_a_cut_header_is_refused_by_name(data: bytes) -> None:
     with pytest.raises(InvalidArgumentError) as refused:
@@ -38,6 +39,7 @@ def test_a_cut_header_is_refused_by_name(data: bytes) -> None:
     assert (refused.value.reason, refused.value.kind) == ("TPM_HEADER_TRUNCATED", ErrorKind.INVALID_ARGUMENT)
 
 
+@settings(deadline=None)
 @given(code=st.integers(0, 0xFFFF_FFFF), body=st.binary(max_size=200), tag=st.sampled_from(Tag))
 def test_what_is_built_is_what_is_parsed(code: int, body: bytes, tag: Tag) -> None:
     command = build(code, body, tag)
@@ -45,6 +47,7 @@ def test_what_is_built_is_what_is_parsed(code: int, body: bytes, tag: Tag) -> No
     assert command[HEADER_SIZE:] == body
 
 
+@settings(deadline=None)
 @given(data=st.binary(min_size=HEADER_SIZE, max_size=64))
 def test_any_ten_bytes_are_a_header_and_nothing_is_lost(data: bytes) -> None:
     header = parse_header(data)

@@ -7,7 +7,7 @@ import struct
 from collections.abc import Mapping
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vtpm.errors import InvalidArgumentError
@@ -52,6 +52,7 @@ def refusal(log: bytes) -> str:
 events = st.tuples(st.integers(0, 23), st.integers(0, 0xFFFF_FFFF), st.binary(max_size=80))
 
 
+@settings(deadline=None)
 @given(content=st.lists(events, max_size=12))
 def test_a_log_is_read_as_it_was_written(content: list[tuple[int, int, bytes]]) -> None:
     log = HEADER + b"".join(measured(pcr, data, event_type) for pcr, event_type, data in content)
@@ -174,6 +175,7 @@ def test_a_log_with_too_many_events_is_refused() -> None:
     assert "too many" in refusal(HEADER + empty * (MAX_EVENTS + 1))
 
 
+@settings(deadline=None)
 @given(data=st.data())
 def test_a_cut_log_is_refused_or_is_a_log_of_fewer_events(data: st.DataObject) -> None:
     records = [measured(pcr, bytes([pcr]) * pcr) for pcr in range(4)]
@@ -186,6 +188,7 @@ def test_a_cut_log_is_refused_or_is_a_log_of_fewer_events(data: st.DataObject) -
         refusal(log[:cut])
 
 
+@settings(deadline=None)
 @given(log=st.binary(max_size=200) | st.binary(max_size=200).map(lambda tail: HEADER + tail))
 def test_any_bytes_are_a_log_or_are_refused(log: bytes) -> None:
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tpm2_pytss.constants import TPM2_ALG, TPMA_OBJECT
 from tpm2_pytss.types import TPM2B_PUBLIC, TPMT_PUBLIC
@@ -166,6 +166,7 @@ def test_a_template_is_no_key_yet(algorithm: KeyAlgorithm) -> None:
     assert refused.value.reason == "PUBLIC_AREA_INVALID"
 
 
+@settings(deadline=None)
 @given(data=st.data())
 def test_a_public_area_cut_or_followed_by_more_is_refused(ecc_public: bytes, rsa_public: bytes, data: st.DataObject) -> None:
     whole = data.draw(st.sampled_from([ecc_public, rsa_public]))
@@ -177,6 +178,7 @@ def test_a_public_area_cut_or_followed_by_more_is_refused(ecc_public: bytes, rsa
         assert refused.value.reason == "PUBLIC_AREA_INVALID"
 
 
+@settings(deadline=None)
 @given(data=st.data())
 def test_a_changed_byte_gives_another_name_and_no_crash(ecc_public: bytes, rsa_public: bytes, data: st.DataObject) -> None:
     whole = data.draw(st.sampled_from([ecc_public, rsa_public]))
@@ -194,6 +196,7 @@ def test_a_changed_byte_gives_another_name_and_no_crash(ecc_public: bytes, rsa_p
     assert reason in {"", "PUBLIC_AREA_INVALID"}
 
 
+@settings(deadline=None)
 @given(data=st.binary(max_size=120))
 def test_any_bytes_are_a_public_area_or_are_refused(data: bytes) -> None:
     try:

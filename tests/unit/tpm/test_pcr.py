@@ -6,7 +6,7 @@ import ctypes
 import hashlib
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tpm2_pytss.types import TPML_PCR_SELECTION
 
@@ -89,6 +89,7 @@ def test_a_malformed_selection_is_refused_by_name(text: str, reason: str) -> Non
     assert refused.value.reason == reason
 
 
+@settings(deadline=None)
 @given(text=st.text(alphabet="sha1256384:+,-0123456789al ", max_size=60) | st.text(max_size=30))
 def test_any_text_is_a_selection_or_is_refused(text: str) -> None:
     try:
@@ -108,18 +109,21 @@ def test_a_pcr_that_no_tpm_has_cannot_be_selected(index: int) -> None:
     assert refused.value.reason == "PCR_INDEX_INVALID"
 
 
+@settings(deadline=None)
 @given(bank=st.sampled_from(PcrBank), chosen=st.sets(st.integers(0, 23), min_size=1))
 def test_a_marshalled_selection_is_that_of_tpm2_tss(bank: PcrBank, chosen: set[int]) -> None:
     selection = PcrSelection(bank, tuple(chosen))
     assert marshal_selections(parse_selection(written(selection))) == TPML_PCR_SELECTION.parse(written(selection)).marshal()
 
 
+@settings(deadline=None)
 @given(chosen=selections, tail=st.binary(max_size=8))
 def test_a_marshalled_selection_comes_back_with_its_size(chosen: tuple[PcrSelection, ...], tail: bytes) -> None:
     data = marshal_selections(chosen)
     assert unmarshal_selections(data + tail) == (chosen, len(data))
 
 
+@settings(deadline=None)
 @given(chosen=selections, data=st.data())
 def test_a_cut_selection_is_refused(chosen: tuple[PcrSelection, ...], data: st.DataObject) -> None:
     whole = marshal_selections(chosen)
@@ -128,6 +132,7 @@ def test_a_cut_selection_is_refused(chosen: tuple[PcrSelection, ...], data: st.D
     assert refused.value.reason == "PCR_SELECTION_INVALID"
 
 
+@settings(deadline=None)
 @given(data=st.binary(max_size=80))
 def test_any_bytes_are_a_selection_or_are_refused(data: bytes) -> None:
     try:
@@ -194,6 +199,7 @@ class ToolsSelections(ctypes.LittleEndianStructure):
     _fields_ = (("count", ctypes.c_uint32), ("selections", ToolsSelection * 16))
 
 
+@settings(deadline=None)
 @given(chosen=selections.filter(lambda every: any(one.indices for one in every)))
 def test_the_tools_file_has_the_layout_of_the_c_structs(chosen: tuple[PcrSelection, ...]) -> None:
     values = [bytes([index]) * one.bank.digest_size for one in chosen for index in one.indices]

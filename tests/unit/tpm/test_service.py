@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tpm2_pytss.types import TPM2B_DIGEST, TPML_DIGEST, TPML_PCR_SELECTION
 
@@ -81,11 +81,13 @@ def test_a_quote_is_signed_with_an_empty_password_and_the_keys_own_scheme() -> N
     )  # fmt: skip
 
 
+@settings(deadline=None)
 @given(counter=st.integers(0, 2**32 - 1), values=digests)
 def test_the_digests_of_a_pcr_read_come_back(counter: int, values: list[bytes]) -> None:
     assert parse_pcr_read(pcr_read_response(counter, values)) == (counter, tuple(values))
 
 
+@settings(deadline=None)
 @given(attest=st.binary(max_size=200), signature=st.binary(min_size=1, max_size=200))
 def test_attest_and_signature_of_a_quote_come_back_without_the_session(attest: bytes, signature: bytes) -> None:
     assert parse_quote(quote_response(attest, signature)) == (attest, signature)
@@ -102,6 +104,7 @@ def refused_reason(parse: Callable[[bytes], object], response: bytes) -> str:
     return refused.value.reason
 
 
+@settings(deadline=None)
 @given(data=st.data())
 def test_a_pcr_read_cut_in_its_digests_is_refused(data: st.DataObject) -> None:
     whole = pcr_read_response(1, [b"a" * 32, b"b" * 32])
@@ -118,6 +121,7 @@ def test_a_pcr_read_of_more_digests_than_a_tpm_gives_is_refused() -> None:
     assert refused_reason(parse_pcr_read, bytes(whole) + b"\0\x20" + b"a" * 32) == "RESPONSE_MALFORMED"
 
 
+@settings(deadline=None)
 @given(data=st.data())
 def test_a_cut_quote_is_refused(data: st.DataObject) -> None:
     whole = quote_response(ATTEST, SIGNATURE)
