@@ -16,7 +16,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import structlog
 import uvloop
@@ -26,8 +26,9 @@ from vtpm.api.server import ApiServer
 from vtpm.config import Settings
 from vtpm.engine import sandbox
 from vtpm.engine.committer import CommitReport, Committer
-from vtpm.engine.libtpms_engine import ENGINE_NAME, LibtpmsEngine
 from vtpm.engine.stats import BUCKETS_NS
+from vtpm.engine.worker_engine import worker_engines
+from vtpm.engine.workers import Workers
 from vtpm.errors import ConfigError, VtpmError
 from vtpm.instance.lifecycle import Lifecycle
 from vtpm.instance.manager import InstanceManager
@@ -38,9 +39,6 @@ from vtpm.metrics import Metrics
 from vtpm.seal.keys import load_key_provider
 from vtpm.store.store import Store
 from vtpm.wire.swtpm import ControlServers
-
-if TYPE_CHECKING:
-    from vtpm.engine.interface import Engine
 
 log: Final = structlog.get_logger("vtpm.daemon")
 
@@ -84,14 +82,15 @@ class Daemon:
             )
             committer = Committer(store.commit, lambda report: _observe(metrics, report))
             stack.callback(committer.close)
-            libtpms = LibtpmsEngine(
+            workers = Workers(
                 settings.runtime_dir,
                 committer,
                 memory_limit=settings.worker_memory_limit_mb << 20,
                 commit_timeout_s=settings.commit_timeout_s,
                 command_timeout_s=settings.command_timeout_s,
             )
-            engines: dict[str, Engine] = {ENGINE_NAME: libtpms}
+            hidden = (settings.state_dir, settings.runtime_dir)
+            engines = worker_engines(workers, tpm_server_path=settings.tpm_server_path, hidden=hidden)
             lifecycle = Lifecycle(
                 store,
                 keys,
@@ -108,7 +107,7 @@ class Daemon:
                 default_engine=settings.default_engine,
                 state_dir=settings.state_dir,
                 runtime_dir=settings.runtime_dir,
-                engine_host_pid=lambda: libtpms.host_pid,
+                engine_host_pid=lambda: workers.host_pid,
             )
             control = ControlServers(manager)
             manager.subscribe(control.on_change)

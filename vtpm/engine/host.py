@@ -23,11 +23,15 @@ from vtpm.engine import sandbox
 from vtpm.engine.libtpms import Libtpms
 from vtpm.engine.operations import Operations
 from vtpm.engine.rehearsal import rehearse
+from vtpm.engine.software import ENGINES, LIBTPMS, TPM_SERVER
+from vtpm.engine.tpm_server import in_new_worker
 from vtpm.engine.v1 import link_pb2 as pb
 from vtpm.engine.worker import Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from vtpm.engine.software import SoftwareTpm
 
 # Rises when the messages between daemon, engine host and worker change in a way that an older peer can't follow.
 PROTOCOL: Final = 1
@@ -42,6 +46,7 @@ class _Child:
 
     instance: str
     epoch: int
+    engine: str
     pid: int
     pidfd: int
     link: socket.socket
@@ -153,12 +158,13 @@ class EngineHost:
     def _hello(self, request: pb.HostRequest, _fds: list[int], reply: pb.HostReply) -> list[int]:
         reply.hello.protocol, reply.hello.version = PROTOCOL, __version__
         reply.hello.pid, reply.hello.engine_version = os.getpid(), self._tpm.version
+        reply.hello.engines.extend(ENGINES)
         children = list(self._children.values())
         for start in range(0, max(len(children), 1), _WORKERS_A_MESSAGE):
             part = children[start : start + _WORKERS_A_MESSAGE]
             reply.hello.ClearField("workers")
             for child in part:
-                reply.hello.workers.add(instance=child.instance, epoch=child.epoch, pid=child.pid)
+                reply.hello.workers.add(instance=child.instance, epoch=child.epoch, pid=child.pid, engine=child.engine)
             reply.hello.more = start + _WORKERS_A_MESSAGE < len(children)
             if reply.hello.more:
                 self._send(reply)
@@ -166,6 +172,9 @@ class EngineHost:
 
     def _spawn(self, request: pb.HostRequest, fds: list[int], reply: pb.HostReply) -> list[int]:
         order = request.spawn
+        engine = order.engine or LIBTPMS
+        if engine not in ENGINES:
+            raise ValueError("no such engine")
         if order.instance in self._children:
             raise ValueError("a worker of this instance is running")
         if len(fds) != (4 if order.listeners else 2):
@@ -174,16 +183,17 @@ class EngineHost:
         parent = os.getpid()
         pid = os.fork()
         if pid == 0:
-            self._become_worker(parent, [worker_end.fileno(), *fds[:3]])
+            self._become_worker(parent, [worker_end.fileno(), *fds[:3]], order if engine == TPM_SERVER else None)
         worker_end.close()
         control = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, os.dup(fds[3])) if order.listeners else None
-        child = _Child(order.instance, order.epoch, pid, os.pidfd_open(pid), link, control)
+        child = _Child(order.instance, order.epoch, engine, pid, os.pidfd_open(pid), link, control)
         self._children[order.instance] = child
         self._watch(child.pidfd, lambda: self._on_exit(child))
         reply.pid = pid
         return []
 
-    def _become_worker(self, parent: int, fds: list[int]) -> None:
+    def _become_worker(self, parent: int, fds: list[int], program: pb.Spawn | None) -> None:
+        """Never returns. `program` is the order of a worker whose TPM is a program."""
         status = 1
         try:
             sandbox.die_with_parent(parent)
@@ -191,20 +201,29 @@ class EngineHost:
             host, operations, commits, *listener = (
                 socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd) for fd in sandbox.keep_descriptors(fds)
             )
+            tpm, operations_of_tpm = self._make_tpm(parent, program) if program else (self._tpm, self._operations)
             worker = Worker(
-                self._tpm,
-                self._operations,
+                tpm,
+                operations_of_tpm,
                 host=host,
                 operations_socket=operations,
                 commits=commits,
                 listener=listener[0] if listener else None,
             )
-            sandbox.enter(self._filter, memory_limit=self._memory_limit)
+            if program is None:
+                sandbox.enter(self._filter, memory_limit=self._memory_limit)
             worker.run()
         except BaseException as error:  # noqa: BLE001  # a forked child must never return into the host's loop
             sys.stderr.write(f"worker start: {type(error).__name__}: {error}\n")
         finally:
             os._exit(status)
+
+    def _make_tpm(self, parent: int, order: pb.Spawn) -> tuple[SoftwareTpm, Operations]:
+        sandbox.restrict(memory_limit=self._memory_limit)
+        tpm = in_new_worker(order.program, order.hidden)
+        # Again: a change of credentials, as on entering a user namespace, may clear it.
+        sandbox.die_with_parent(parent)
+        return tpm, Operations(tpm)
 
     def _on_exit(self, child: _Child) -> None:
         self._unwatch(child.pidfd)

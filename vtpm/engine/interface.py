@@ -99,6 +99,10 @@ class Loss:
     remedy: str
 
 
+# Called with the instance and its epoch.
+LossCallback = Callable[[uuid.UUID, int, Loss], None]
+
+
 class RunningTpm(Protocol):
     """A powered-on TPM. Every method raises EngineError when the TPM is gone and TpmError when it refuses."""
 
@@ -137,7 +141,7 @@ class Engine(Protocol):
     def capabilities(self) -> EngineCapabilities:
         """What this engine can do."""
 
-    async def start(self, on_loss: Callable[[uuid.UUID, int, Loss], None]) -> list[Adopted]:
+    async def start(self, on_loss: LossCallback) -> list[Adopted]:
         """Begin; return the TPMs that ran on without a daemon."""
 
     async def manufacture(self, instance: uuid.UUID, profile: ProfileRecord, data_key: bytes) -> Manufactured:

@@ -6,12 +6,15 @@ the engine is in this file. Memory: buffers that libtpms allocates come from its
 
 from __future__ import annotations
 
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 import cffi
 
 from vtpm.errors import EngineError
 from vtpm.tpm.command import MAX_COMMAND_SIZE
+
+if TYPE_CHECKING:
+    from vtpm.engine.software import Response
 
 _ffi: Final[Any] = cffi.FFI()
 _ffi.cdef("""
@@ -48,20 +51,15 @@ _VOLATILE: Final = b"volatilestate"
 _MAX_STATE_SIZE: Final = 4 << 20
 
 
-class Response(Protocol):
-    """A response where libtpms left it; the next command overwrites it."""
-
-    def __len__(self) -> int: ...
-
-    def __buffer__(self, flags: int, /) -> memoryview: ...
-
-
 class Libtpms:
     """The TPM of this process. Make one; `power_on` before `process`.
 
     `permanent` holds the permanent state as libtpms last stored it; `dirty` says that it changed since the owner of this
     object last cleared the flag.
     """
+
+    # libtpms is in this process and ends with it.
+    lifeline: Final = -1
 
     def __init__(self, library: str = "libtpms.so.0") -> None:
         try:

@@ -26,7 +26,7 @@ from tpm2_pytss.types import (
     TPMT_PUBLIC,
 )
 
-from vtpm.engine.libtpms import Libtpms
+from vtpm.engine.software import SoftwareTpm
 from vtpm.engine.tcti import InProcessTcti
 from vtpm.errors import EngineError, FailedPreconditionError, TpmError
 from vtpm.tpm.codes import Handle, response_code_name
@@ -83,9 +83,9 @@ class ManufacturedKey:
 
 
 class Operations:
-    """ESAPI over the TPM of this process. One object serves every TPM that the process ever has."""
+    """ESAPI over the TPM of this worker. One object serves every TPM that the process ever has."""
 
-    def __init__(self, tpm: Libtpms) -> None:
+    def __init__(self, tpm: SoftwareTpm) -> None:
         self._tpm = tpm
         self._tcti = InProcessTcti(tpm)
         self._esapi: Any = ESAPI(self._tcti)
@@ -114,15 +114,19 @@ class Operations:
     def banks(self) -> tuple[PcrBank, ...]:
         """Return the allocated PCR banks (TPM2_GetCapability, TPM_CAP_PCRS)."""
         if self._banks is None:
-            with _tpm_errors("TPM2_GetCapability"):
-                _, capability = self._esapi.get_capability(TPM2_CAP.PCRS, 0, 16)
-            known = {bank.alg_id: bank for bank in PcrBank}
-            self._banks = tuple(
-                known[int(selection.hash)]
-                for selection in capability.data.assignedPCR
-                if any(bytes(selection.pcrSelect)) and int(selection.hash) in known
-            )
+            self._banks = tuple(bank for bank, allocated in self._implemented_banks().items() if allocated)
         return self._banks
+
+    def _implemented_banks(self) -> dict[PcrBank, bool]:
+        """Return the banks that the TPM can allocate, with whether they are."""
+        with _tpm_errors("TPM2_GetCapability"):
+            _, capability = self._esapi.get_capability(TPM2_CAP.PCRS, 0, 16)
+        known = {bank.alg_id: bank for bank in PcrBank}
+        return {
+            known[int(selection.hash)]: any(bytes(selection.pcrSelect))
+            for selection in capability.data.assignedPCR
+            if int(selection.hash) in known
+        }
 
     def read_pcrs(self, selections: Sequence[PcrSelection]) -> tuple[int, list[tuple[PcrBank, int, bytes]]]:
         """Return the PCR update counter and the selected values, in the order of the selection (TPM2_PCR_Read)."""
@@ -164,8 +168,12 @@ class Operations:
 
     def allocate_banks(self, banks: Sequence[PcrBank]) -> None:
         """Allocate exactly `banks`; in force after the next _TPM_Init (TPM2_PCR_Allocate)."""
+        implemented = self._implemented_banks()
+        if missing := [bank.hash_name for bank in banks if bank not in implemented]:
+            raise EngineError("PCR_ALLOCATE_REFUSED", f"the TPM has no PCR bank {', '.join(missing)}")
+        # A bank that it does not have must not be named, not even as one to leave out.
         selection = TPML_PCR_SELECTION.unmarshal(
-            marshal_selections([PcrSelection(bank, tuple(range(24)) if bank in banks else ()) for bank in PcrBank])
+            marshal_selections([PcrSelection(bank, tuple(range(24)) if bank in banks else ()) for bank in implemented])
         )[0]
         with _tpm_errors("TPM2_PCR_Allocate"):
             done, *_ = self._esapi.pcr_allocate(selection)
@@ -200,7 +208,7 @@ class Operations:
 
 
 def manufacture(
-    tpm: Libtpms,
+    tpm: SoftwareTpm,
     operations: Operations,
     ek_algorithms: Sequence[KeyAlgorithm],
     ak_algorithm: KeyAlgorithm,

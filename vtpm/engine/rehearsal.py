@@ -24,14 +24,14 @@ from vtpm.tpm.command import build
 from vtpm.tpm.pcr import PcrBank, PcrSelection, marshal_selections
 
 if TYPE_CHECKING:
-    from vtpm.engine.libtpms import Libtpms
     from vtpm.engine.operations import Operations
+    from vtpm.engine.software import SoftwareTpm
 
 # CPython 3.11 specialises a function after eight calls.
 _TURNS: Final = 16
 
 
-def rehearse(tpm: Libtpms, operations: Operations) -> None:
+def rehearse(tpm: SoftwareTpm, operations: Operations) -> None:
     """Run a throw-away TPM through manufacture, load, commands and operations; leave `tpm` without any state."""
     host, _host_end = socket.socketpair()
     ops, ops_end = socket.socketpair()

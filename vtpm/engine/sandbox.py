@@ -6,11 +6,13 @@ limits, closed descriptors, and death with the engine host. Invariant 4: nothing
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
 import resource
 import signal
+from collections.abc import Iterator
 from typing import Any, Final
 
 import pyseccomp
@@ -21,6 +23,7 @@ _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_DUMPABLE: Final = 4
 _PR_SET_NO_NEW_PRIVS: Final = 38
 _PR_SET_SECCOMP: Final = 22
+_PR_CAPBSET_DROP: Final = 24
 _SECCOMP_MODE_FILTER: Final = 2
 _FIONBIO: Final = 0x5421
 _PROT_EXEC: Final = 4
@@ -157,6 +160,26 @@ def forbid_dumps() -> None:
     _prctl(_PR_SET_DUMPABLE, 0)
 
 
+@contextlib.contextmanager
+def dumpable() -> Iterator[None]:
+    """Lift the dumpable part of `forbid_dumps`: for writes to files of one's own in /proc, while nothing secret is here."""
+    _prctl(_PR_SET_DUMPABLE, 1)
+    try:
+        yield
+    finally:
+        _prctl(_PR_SET_DUMPABLE, 0)
+
+
+def drop_capability_bounds() -> None:
+    """Leave no capability to the programs that this process starts, whoever it runs as."""
+    capability = 0
+    while _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0) == 0:
+        capability += 1
+    if (code := ctypes.get_errno()) != errno.EINVAL:
+        # EINVAL says that there is no such capability: all were dropped.
+        raise OSError(code, os.strerror(code), "PR_CAPBSET_DROP")
+
+
 def keep_descriptors(keep: list[int]) -> list[int]:
     """Move `keep` to 3, 4, … in order and close every other descriptor above 2; return the new numbers."""
     highest = max([*keep, 2]) + len(keep) + 1
@@ -166,12 +189,17 @@ def keep_descriptors(keep: list[int]) -> list[int]:
     return placed
 
 
-def enter(rules: Filter, *, memory_limit: int, descriptors: int = 64) -> None:
-    """Close the door: limits, no new privileges, the filter. `memory_limit` in bytes bounds the data segment."""
+def restrict(*, memory_limit: int, descriptors: int = 64) -> None:
+    """Limits and no new privileges, for this process and what it starts. `memory_limit` in bytes bounds the data segment."""
     forbid_dumps()
     resource.setrlimit(resource.RLIMIT_FSIZE, (_MAX_LOG_SIZE, _MAX_LOG_SIZE))
-    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
     resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
     resource.setrlimit(resource.RLIMIT_DATA, (memory_limit, memory_limit))
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+
+
+def enter(rules: Filter, *, memory_limit: int) -> None:
+    """Close the door of a worker that starts nothing: `restrict`, no further process, the system call filter."""
+    restrict(memory_limit=memory_limit)
+    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
     rules.install()

@@ -1,16 +1,16 @@
-"""A TCTI that hands commands to the TPM of this process, so that ESAPI needs no socket (TCG TSS 2.0 TCTI specification)."""
+"""A TCTI that hands commands to the TPM of this worker, so that ESAPI needs no socket (TCG TSS 2.0 TCTI specification)."""
 
 from __future__ import annotations
 
 from tpm2_pytss.TCTI import PyTCTI
 
-from vtpm.engine.libtpms import Libtpms
+from vtpm.engine.software import SoftwareTpm
 
 
 class InProcessTcti(PyTCTI):  # type: ignore[misc]  # tpm2-pytss ships no types
     """Runs each transmitted command at once, at locality 0, and keeps the response for the receive that follows."""
 
-    def __init__(self, tpm: Libtpms) -> None:
+    def __init__(self, tpm: SoftwareTpm) -> None:
         super().__init__(max_size=4096)
         self._tpm = tpm
         self._response = b""

@@ -29,8 +29,8 @@ from vtpm.tpm.pcr import PcrBank, PcrSelection
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from vtpm.engine.libtpms import Libtpms, Response
     from vtpm.engine.operations import Operations
+    from vtpm.engine.software import Response, SoftwareTpm
 
 EXIT_STOPPED: Final = 0
 EXIT_COMMIT_REFUSED: Final = 81
@@ -61,7 +61,7 @@ class Worker:
 
     def __init__(
         self,
-        tpm: Libtpms,
+        tpm: SoftwareTpm,
         operations: Operations,
         *,
         host: socket.socket,
@@ -87,6 +87,8 @@ class Worker:
         self._version = 0
         self._commit_timeout_s = 60.0
         self._events = bytearray()
+        # What tells that the TPM's program has ended, if the TPM is one.
+        self._lifeline = -1
         # Whether the last commit shared its sync with nobody.
         self._alone = False
         # Whether the service sent TPM2_Startup; then it sends TPM2_Shutdown too, so that the TPM goes down orderly.
@@ -134,6 +136,10 @@ class Worker:
             with contextlib.suppress(OSError):
                 sys.stderr.write(f"worker {self._instance}: {type(error).__name__}\n")
                 sys.stderr.flush()
+        if self._tpm.lifeline >= 0:
+            # Ended here, so that nobody else has to reap it; if this worker is killed, the kernel ends it too.
+            with contextlib.suppress(OSError):
+                self._tpm.power_off()
         os._exit(status)
 
     def rehearse_turn(self) -> None:
@@ -420,13 +426,33 @@ class Worker:
         reply.loaded.SetInParent()
 
     def _power_on(self, permanent: bytes, *, startup_clear: bool) -> None:
-        self._tpm.power_on(permanent)
+        try:
+            self._tpm.power_on(permanent)
+        finally:
+            self._watch_program()
         self._operations.forget()
         self._events.clear()
         if startup_clear:
             self._operations.startup_clear()
             self._operations.close_platform()
         self._started_here = startup_clear
+
+    def _watch_program(self) -> None:
+        """Notice the end of a TPM that is a program of its own: each power on starts another."""
+        if self._lifeline >= 0:
+            # The program before this one; if its descriptor was closed, epoll knows that already.
+            del self._handlers[self._lifeline]
+            with contextlib.suppress(OSError):
+                self._epoll.unregister(self._lifeline)
+        self._lifeline = self._tpm.lifeline
+        if self._lifeline >= 0:
+            self._handlers[self._lifeline] = self._on_program_end
+            self._epoll.register(self._lifeline, select.EPOLLIN)
+
+    def _on_program_end(self) -> None:
+        # Asked again: the event may have been that of the program before, under the same number.
+        if select.select([self._lifeline], [], [], 0)[0]:
+            raise _Exit(EXIT_TPM_FAILED)
 
     def _run_command(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:
         command, tpm = request.execute.command, self._tpm

@@ -124,6 +124,7 @@ class HelloReply(_message.Message):
     WORKERS_FIELD_NUMBER: _builtins.int
     ENGINE_VERSION_FIELD_NUMBER: _builtins.int
     MORE_FIELD_NUMBER: _builtins.int
+    ENGINES_FIELD_NUMBER: _builtins.int
     protocol: _builtins.int
     version: _builtins.str
     pid: _builtins.int
@@ -132,6 +133,10 @@ class HelloReply(_message.Message):
     """Another reply with the same id follows with more workers."""
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___RunningWorker]: ...
+    @_builtins.property
+    def engines(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The engines whose workers this engine host can fork; none named: libtpms alone."""
+
     def __init__(
         self,
         *,
@@ -141,10 +146,11 @@ class HelloReply(_message.Message):
         workers: _abc.Iterable[Global___RunningWorker] | None = ...,
         engine_version: _builtins.str = ...,
         more: _builtins.bool = ...,
+        engines: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine_version", b"engine_version", "more", b"more", "pid", b"pid", "protocol", b"protocol", "version", b"version", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine_version", b"engine_version", "engines", b"engines", "more", b"more", "pid", b"pid", "protocol", b"protocol", "version", b"version", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -162,6 +168,7 @@ class RunningWorker(_message.Message):
     epoch: _builtins.int
     pid: _builtins.int
     engine: _builtins.str
+    """Empty: libtpms."""
     def __init__(
         self,
         *,
@@ -189,19 +196,31 @@ class Spawn(_message.Message):
     INSTANCE_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     LISTENERS_FIELD_NUMBER: _builtins.int
+    ENGINE_FIELD_NUMBER: _builtins.int
+    PROGRAM_FIELD_NUMBER: _builtins.int
+    HIDDEN_FIELD_NUMBER: _builtins.int
     instance: _builtins.str
     epoch: _builtins.int
     listeners: _builtins.bool
+    engine: _builtins.str
+    """Empty: libtpms."""
+    program: _builtins.str
+    """For an engine that is a program: its absolute path, and the directories that are hidden from it."""
+    @_builtins.property
+    def hidden(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
         self,
         *,
         instance: _builtins.str = ...,
         epoch: _builtins.int = ...,
         listeners: _builtins.bool = ...,
+        engine: _builtins.str = ...,
+        program: _builtins.str = ...,
+        hidden: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "instance", b"instance", "listeners", b"listeners"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine", "epoch", b"epoch", "hidden", b"hidden", "instance", b"instance", "listeners", b"listeners", "program", b"program"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,4 +1,4 @@
-"""The libtpms engine: a worker process for each running instance, forked by the engine host."""
+"""The daemon's view of the engine host and its workers: a process for each running instance, whatever its engine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import functools
 import signal
 import socket
 import uuid
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -16,21 +16,21 @@ import structlog
 
 from vtpm.engine.committer import Committer
 from vtpm.engine.host import PROTOCOL
-from vtpm.engine.interface import Adopted, EngineCapabilities, Loss, Manufactured, PowerOn
+from vtpm.engine.interface import Adopted, Loss, LossCallback, Manufactured, PowerOn
 from vtpm.engine.link import HostLink, WorkerLink
+from vtpm.engine.software import LIBTPMS
 from vtpm.engine.v1 import link_pb2 as pb
 from vtpm.engine.worker import EXIT_COMMIT_REFUSED, EXIT_COMMIT_TIMEOUT, EXIT_STOPPED
-from vtpm.errors import EngineError, VtpmError
+from vtpm.errors import EngineError, ErrorKind, VtpmError
 from vtpm.store.model import KeyRecord, ProfileRecord
 
 log: Final = structlog.get_logger("vtpm.engine")
 
-ENGINE_NAME: Final = "libtpms"
 _RESET: Final = "reset the instance together with its VM: vtpm instance reset {}"
 
 
-class LibtpmsEngine:
-    """Implements vtpm.engine.interface.Engine. `memory_limit` in bytes bounds each worker's data segment."""
+class Workers:
+    """The engine host and its workers, of all engines. `memory_limit` in bytes bounds each worker's data segment."""
 
     def __init__(
         self, runtime_dir: Path, committer: Committer, *, memory_limit: int, commit_timeout_s: float, command_timeout_s: float
@@ -43,32 +43,34 @@ class LibtpmsEngine:
         self._command_timeout_s = command_timeout_s
         self._host: HostLink | None = None
         self._connecting = asyncio.Lock()
-        self._on_loss: Callable[[uuid.UUID, int, Loss], None] = lambda _instance, _epoch, _loss: None
-        self._links: dict[tuple[str, int], WorkerLink] = {}
+        self._found: list[pb.RunningWorker] = []
+        self._links: dict[tuple[str, int], tuple[WorkerLink, LossCallback]] = {}
         self._stopping: set[tuple[str, int]] = set()
         self._exits: dict[tuple[str, int], asyncio.Future[int]] = {}
-        self._version = ""
+        self._engines: Sequence[str] = ()
+        self.libtpms_version = ""
         self.host_pid = 0
 
-    @property
-    def capabilities(self) -> EngineCapabilities:
-        """See Engine."""
-        return EngineCapabilities(ENGINE_NAME, self._version, hibernation=True, available=self._host is not None)
+    def serves(self, engine: str) -> bool:
+        """Whether the engine host is there and can fork workers of `engine`."""
+        return self._host is not None and engine in self._engines
 
     # ---- the engine host -------------------------------------------------------------------------------------------------
 
-    async def start(self, on_loss: Callable[[uuid.UUID, int, Loss], None]) -> list[Adopted]:
-        """See Engine."""
-        self._on_loss = on_loss
+    async def adopt(self, engine: str, on_loss: LossCallback) -> list[Adopted]:
+        """Take over the workers of `engine` that ran on without a daemon."""
+        await self._live_host()
         adopted = []
-        for worker in await self._connect():
+        for worker in self._found:
+            if (worker.engine or LIBTPMS) != engine:
+                continue
             try:
-                adopted.append(await self._adopt(worker))
+                adopted.append(await self._adopt(worker, on_loss))
             except VtpmError as error:
                 log.error("engine.adopt_failed", instance=worker.instance, reason=error.reason)
         return adopted
 
-    async def _connect(self) -> list[pb.RunningWorker]:
+    async def _connect(self) -> None:
         self._host = await HostLink.connect(
             self._socket_path,
             memory_limit=self._memory_limit,
@@ -84,9 +86,10 @@ class LibtpmsEngine:
                 f"the running engine host (version {hello.version}) speaks protocol {hello.protocol}, this daemon {PROTOCOL}",
                 remedy="stop all instances with the daemon of that version, then start this one",
             )
-        self._version, self.host_pid = hello.engine_version, hello.pid
-        log.info("engine.host_connected", pid=hello.pid, workers=sum(len(reply.hello.workers) for reply, _ in replies))
-        return [worker for reply, _ in replies for worker in reply.hello.workers]
+        self._engines = tuple(hello.engines) or (LIBTPMS,)
+        self.libtpms_version, self.host_pid = hello.engine_version, hello.pid
+        self._found = [worker for reply, _ in replies for worker in reply.hello.workers]
+        log.info("engine.host_connected", pid=hello.pid, workers=len(self._found))
 
     async def _live_host(self) -> HostLink:
         async with self._connecting:
@@ -131,18 +134,18 @@ class LibtpmsEngine:
                 self._report(*key, "WORKER_LOST", f"the worker ended with {how}; the TPM's volatile state is lost")
 
     def _report(self, instance: str, epoch: int, reason: str, message: str, remedy: str = "") -> None:
+        _, on_loss = self._links[instance, epoch]
         self._forget((instance, epoch))
-        self._on_loss(uuid.UUID(instance), epoch, Loss(reason, message, remedy or _RESET.format(instance)))
+        on_loss(uuid.UUID(instance), epoch, Loss(reason, message, remedy or _RESET.format(instance)))
 
     def _forget(self, key: tuple[str, int]) -> None:
         self._stopping.discard(key)
-        link = self._links.pop(key, None)
-        if link is not None:
-            link.close()
+        link, _ = self._links.pop(key)
+        link.close()
 
     # ---- workers ---------------------------------------------------------------------------------------------------------
 
-    async def _adopt(self, worker: pb.RunningWorker) -> Adopted:
+    async def _adopt(self, worker: pb.RunningWorker, on_loss: LossCallback) -> Adopted:
         instance = uuid.UUID(worker.instance)
         host = await self._live_host()
         with _SocketPairs() as pairs:
@@ -151,26 +154,34 @@ class LibtpmsEngine:
             control = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fds[0]) if fds else None
             self._committer.add(instance, worker.epoch, pairs.commits)
             link = await WorkerLink.open(instance, pairs.operations)
-        self._hold(link, (worker.instance, worker.epoch))
+        self._hold(link, (worker.instance, worker.epoch), on_loss)
         return Adopted(instance, worker.epoch, link, control)
 
-    def _hold(self, link: WorkerLink, key: tuple[str, int]) -> None:
-        self._links[key] = link
+    def _hold(self, link: WorkerLink, key: tuple[str, int], on_loss: LossCallback) -> None:
+        self._links[key] = (link, on_loss)
         link.stopper = functools.partial(self._stop_worker, link, key)
 
-    async def _spawn(self, name: str, instance: uuid.UUID, epoch: int, listeners: list[socket.socket]) -> WorkerLink:
+    async def _spawn(self, order: pb.Spawn, instance: uuid.UUID, listeners: list[socket.socket]) -> WorkerLink:
         host = await self._live_host()
+        if order.engine not in self._engines:
+            raise EngineError(
+                "ENGINE_UNAVAILABLE",
+                f"the running engine host is of an older version, which has no engine {order.engine}",
+                remedy="stop all instances, then restart the daemon",
+                kind=ErrorKind.UNIMPLEMENTED,
+            )
+        order.listeners = bool(listeners)
         with _SocketPairs() as pairs:
-            order = pb.Spawn(instance=name, epoch=epoch, listeners=bool(listeners))
             fds = [*pairs.worker_ends, *(listener.fileno() for listener in listeners)]
             await host.request(pb.HostRequest(spawn=order), fds)
-            self._committer.add(instance, epoch, pairs.commits)
+            self._committer.add(instance, order.epoch, pairs.commits)
             return await WorkerLink.open(instance, pairs.operations)
 
-    async def manufacture(self, instance: uuid.UUID, profile: ProfileRecord, data_key: bytes) -> Manufactured:
-        """See Engine."""
+    async def manufacture(self, worker: pb.Spawn, instance: uuid.UUID, profile: ProfileRecord, data_key: bytes) -> Manufactured:
+        """See Engine; `worker` says which engine."""
         # Under a name of its own: the instance may be started while this worker is still on its way out.
-        link = await self._spawn(f"{instance}/manufacture", instance, 0, [])
+        worker.instance = f"{instance}/manufacture"
+        link = await self._spawn(worker, instance, [])
         try:
             order = pb.Manufacture(
                 data_key=data_key,
@@ -185,12 +196,12 @@ class LibtpmsEngine:
         keys = tuple(KeyRecord(key.role, key.algorithm, key.handle, key.tpmt_public) for key in made.keys)
         return Manufactured(made.sealed, keys)
 
-    async def power_on(self, order: PowerOn) -> WorkerLink:
-        """See Engine."""
-        key = (str(order.instance), order.epoch)
+    async def power_on(self, worker: pb.Spawn, order: PowerOn, on_loss: LossCallback) -> WorkerLink:
+        """See Engine; `worker` says which engine."""
+        key = worker.instance, worker.epoch = str(order.instance), order.epoch
         listeners = [order.listeners.data, order.listeners.control] if order.listeners else []
-        link = await self._spawn(key[0], order.instance, order.epoch, listeners)
-        self._hold(link, key)
+        link = await self._spawn(worker, order.instance, listeners)
+        self._hold(link, key, on_loss)
         load = pb.Load(
             data_key=order.data_key,
             place=pb.Place(instance=order.instance.bytes, epoch=order.state.epoch, version=order.state.version),
@@ -223,8 +234,8 @@ class LibtpmsEngine:
             log.warning("engine.worker_ended", instance=key[0], epoch=key[1], status=status)
 
     async def close(self) -> None:
-        """See Engine."""
-        for link in self._links.values():
+        """Let go of everything; once is enough for all engines."""
+        for link, _ in self._links.values():
             link.close()
         self._links.clear()
         if self._host is not None:

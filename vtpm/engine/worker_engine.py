@@ -1,0 +1,82 @@
+"""The engines behind the engine host: libtpms and tpm_server, each with a worker process for each running instance."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+from vtpm.engine.interface import Adopted, EngineCapabilities, LossCallback, Manufactured, PowerOn
+from vtpm.engine.link import WorkerLink
+from vtpm.engine.software import LIBTPMS, TPM_SERVER
+from vtpm.engine.v1 import link_pb2 as pb
+from vtpm.engine.workers import Workers
+from vtpm.errors import EngineError, ErrorKind
+from vtpm.store.model import ProfileRecord
+
+
+class WorkerEngine:
+    """Implements vtpm.engine.interface.Engine: the workers of one engine.
+
+    `program` is what the engine runs, a path or a name on PATH, and `hidden` the directories that are hidden from it; None for
+    an engine that is a library.
+    """
+
+    def __init__(
+        self, name: str, workers: Workers, *, hibernation: bool, program: str | None = None, hidden: Sequence[Path] = ()
+    ) -> None:
+        self._name = name
+        self._workers = workers
+        self._hibernation = hibernation
+        self._program = program
+        self._hidden = [str(path) for path in hidden]
+        self._on_loss: LossCallback = lambda _instance, _epoch, _loss: None
+
+    @property
+    def capabilities(self) -> EngineCapabilities:
+        """See Engine."""
+        available = self._workers.serves(self._name) and (self._program is None or shutil.which(self._program) is not None)
+        # A program does not tell its version.
+        version = self._workers.libtpms_version if self._program is None else ""
+        return EngineCapabilities(self._name, version, hibernation=self._hibernation, available=available)
+
+    async def start(self, on_loss: LossCallback) -> list[Adopted]:
+        """See Engine."""
+        self._on_loss = on_loss
+        return await self._workers.adopt(self._name, on_loss)
+
+    def _worker(self) -> pb.Spawn:
+        order = pb.Spawn(engine=self._name, hidden=self._hidden)
+        if self._program is not None:
+            path = shutil.which(self._program)
+            if path is None:
+                raise EngineError(
+                    "ENGINE_UNAVAILABLE",
+                    f"the engine {self._name} is not available: there is no program {self._program!r}",
+                    remedy="install ibmswtpm2 and name its program by the setting tpm_server_path",
+                    # Not UNAVAILABLE: a retry won't help.
+                    kind=ErrorKind.UNIMPLEMENTED,
+                )
+            order.program = str(Path(path).absolute())
+        return order
+
+    async def manufacture(self, instance: uuid.UUID, profile: ProfileRecord, data_key: bytes) -> Manufactured:
+        """See Engine."""
+        return await self._workers.manufacture(self._worker(), instance, profile, data_key)
+
+    async def power_on(self, order: PowerOn) -> WorkerLink:
+        """See Engine."""
+        return await self._workers.power_on(self._worker(), order, self._on_loss)
+
+    async def close(self) -> None:
+        """See Engine."""
+        await self._workers.close()
+
+
+def worker_engines(workers: Workers, *, tpm_server_path: str, hidden: Sequence[Path]) -> dict[str, WorkerEngine]:
+    """Return the engines by their names; what is in `hidden` stays hidden from programs."""
+    return {
+        LIBTPMS: WorkerEngine(LIBTPMS, workers, hibernation=True),
+        TPM_SERVER: WorkerEngine(TPM_SERVER, workers, hibernation=False, program=tpm_server_path, hidden=hidden),
+    }
