@@ -116,7 +116,13 @@ class HostLink:
             self._sock.close()
         for future, _ in self._pending.values():
             if not future.done():
-                future.set_exception(EngineError("ENGINE_HOST_LOST", "the engine host is gone", remedy="engine-host.log in the runtime directory says why"))
+                future.set_exception(
+                    EngineError(
+                        "ENGINE_HOST_LOST",
+                        "the engine host is gone",
+                        remedy="engine-host.log in the runtime directory says why",
+                    )
+                )
         self._pending.clear()
 
 
