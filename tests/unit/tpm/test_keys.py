@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicNumbers
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_public_key
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -128,9 +129,12 @@ def test_a_zero_exponent_is_the_default_one(rsa_public: bytes) -> None:
 
 def test_an_ak_is_read_with_its_scheme_and_curve(ecc_public: bytes) -> None:
     template = ak_template(KeyAlgorithm.ECC_P256)
-    area = parse_public(template[:-4] + ecc_public[-68:])
+    numbers = public_key(ecc_public).public_numbers()
+    assert isinstance(numbers, EllipticCurvePublicNumbers)
+    public = template[:-4] + b"".join(b"\0\x20" + value.to_bytes(32, "big") for value in (numbers.x, numbers.y))
+    area = parse_public(public)
     assert (area.kind, area.scheme, area.curve) == (AlgId.ECC, AlgId.ECDSA, 3)
-    assert public_key(template[:-4] + ecc_public[-68:]) == public_key(ecc_public)
+    assert public_key(public) == public_key(ecc_public)
 
 
 @pytest.mark.parametrize("name_alg", [0x0000, 0x0010, 0x0012, 0xFFFF])
