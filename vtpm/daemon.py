@@ -38,7 +38,7 @@ from vtpm.log import configure
 from vtpm.metrics import Metrics
 from vtpm.seal.keys import load_key_provider
 from vtpm.store.store import Store
-from vtpm.wire.swtpm import ControlServers
+from vtpm.wire.swtpm import ControlSockets
 
 log: Final = structlog.get_logger("vtpm.daemon")
 
@@ -109,8 +109,9 @@ class Daemon:
                 runtime_dir=settings.runtime_dir,
                 engine_host_pid=lambda: workers.host_pid,
             )
-            control = ControlServers(manager)
+            control = ControlSockets(manager)
             manager.subscribe(control.on_change)
+            await control.start()
             stack.push_async_callback(control.close)
             api = ApiServer(manager, settings, metrics)
             await api.start()

@@ -217,7 +217,7 @@ def pem(tpmt_public: bytes) -> str:
     return public_pem(tpmt_public)
 
 
-def instance_to_proto(record: InstanceRecord, tpm_socket: Path, guest_socket: Path) -> pb.Instance:
+def instance_to_proto(record: InstanceRecord, tpm_socket: Path, guest_socket: Path, control_socket: Path) -> pb.Instance:
     """Return an instance as callers see it; the sockets are None unless it is ON."""
     instance = pb.Instance(
         id=str(record.id),
@@ -245,6 +245,7 @@ def instance_to_proto(record: InstanceRecord, tpm_socket: Path, guest_socket: Pa
         update_time=timestamp(record.updated_at),
         tpm_socket=str(tpm_socket),
         guest_socket=str(guest_socket),
+        control_socket=str(control_socket),
         epoch=record.epoch,
     )
     if record.failure is not None:

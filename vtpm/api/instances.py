@@ -101,4 +101,7 @@ class InstanceServicer(InstanceServiceServicer):
         return self._shown(record)
 
     def _shown(self, record: InstanceRecord) -> pb.Instance:
-        return convert.instance_to_proto(record, self._instances.tpm_socket(record), self._instances.guest_socket(record))
+        instances = self._instances
+        return convert.instance_to_proto(
+            record, instances.tpm_socket(record), instances.guest_socket(record), instances.control_socket(record)
+        )

@@ -65,6 +65,9 @@ class Instances(Protocol):
     def guest_socket(self, record: InstanceRecord) -> Path:
         """Where the instance's gRPC socket is while it is ON."""
 
+    def control_socket(self, record: InstanceRecord) -> Path:
+        """The socket that a VMM connects to."""
+
     async def execute(self, ref: str, command: bytes, locality: int) -> bytes:
         """Run one raw command; a TPM_RC other than success is in the response."""
 

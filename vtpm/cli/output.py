@@ -48,6 +48,7 @@ def instance_dict(instance: pb.Instance) -> dict[str, Any]:
         "etag": instance.etag,
         "tpm_socket": instance.tpm_socket,
         "guest_socket": instance.guest_socket,
+        "control_socket": instance.control_socket,
         "create_time": instance.create_time.ToJsonString(),
         "update_time": instance.update_time.ToJsonString(),
     }

@@ -26,7 +26,7 @@ from vtpm.engine.rehearsal import rehearse
 from vtpm.engine.software import ENGINES, LIBTPMS, TPM_SERVER
 from vtpm.engine.tpm_server import in_new_worker
 from vtpm.engine.v1 import link_pb2 as pb
-from vtpm.engine.worker import Worker
+from vtpm.engine.worker import ATTACH, CONNECT, Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from vtpm.engine.software import SoftwareTpm
 
 # Rises when the messages between daemon, engine host and worker change in a way that an older peer can't follow.
-PROTOCOL: Final = 1
+PROTOCOL: Final = 2
 MAX_MESSAGE_SIZE: Final = 64 << 10
 _WORKERS_A_MESSAGE: Final = 500
 _MAX_DESCRIPTORS: Final = 4
@@ -42,7 +42,7 @@ _MAX_DESCRIPTORS: Final = 4
 
 @dataclass(slots=True)
 class _Child:
-    """A running worker as the engine host knows it; `control_listener` is held for the next daemon."""
+    """A running worker as the engine host knows it."""
 
     instance: str
     epoch: int
@@ -50,7 +50,6 @@ class _Child:
     pid: int
     pidfd: int
     link: socket.socket
-    control_listener: socket.socket | None
 
 
 class EngineHost:
@@ -63,6 +62,8 @@ class EngineHost:
         self._operations = Operations(self._tpm)
         self._filter = sandbox.make_filter()
         self._children: dict[str, _Child] = {}
+        # Ends that no daemon has been told of.
+        self._untold: list[pb.WorkerExited] = []
         self._daemon: socket.socket | None = None
         self._epoll = select.epoll()
         self._handlers: dict[int, Callable[[], None]] = {}
@@ -70,6 +71,7 @@ class EngineHost:
             "hello": self._hello,
             "spawn": self._spawn,
             "attach": self._attach,
+            "connect": self._connect,
             "kill": self._kill,
             "quit": self._quit,
         }
@@ -112,8 +114,11 @@ class EngineHost:
             self._unwatch(self._daemon.fileno())
             self._daemon.close()
             self._daemon = None
-        if not self._children:
-            # No daemon and nothing to keep alive: the next daemon starts a fresh one.
+        self._end_if_idle()
+
+    def _end_if_idle(self) -> None:
+        if self._daemon is None and not self._children and not self._untold:
+            # Nothing to keep alive and nothing to tell: the next daemon starts a fresh one.
             self._running = False
 
     def _on_daemon(self) -> None:
@@ -159,9 +164,13 @@ class EngineHost:
         reply.hello.protocol, reply.hello.version = PROTOCOL, __version__
         reply.hello.pid, reply.hello.engine_version = os.getpid(), self._tpm.version
         reply.hello.engines.extend(ENGINES)
+        reply.hello.exited.extend(self._untold[:_WORKERS_A_MESSAGE])
+        self._untold.clear()
         children = list(self._children.values())
         for start in range(0, max(len(children), 1), _WORKERS_A_MESSAGE):
             part = children[start : start + _WORKERS_A_MESSAGE]
+            if start:
+                reply.hello.ClearField("exited")
             reply.hello.ClearField("workers")
             for child in part:
                 reply.hello.workers.add(instance=child.instance, epoch=child.epoch, pid=child.pid, engine=child.engine)
@@ -183,10 +192,9 @@ class EngineHost:
         parent = os.getpid()
         pid = os.fork()
         if pid == 0:
-            self._become_worker(parent, [worker_end.fileno(), *fds[:3]], order if engine == TPM_SERVER else None)
+            self._become_worker(parent, [worker_end.fileno(), *fds], order if engine == TPM_SERVER else None)
         worker_end.close()
-        control = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, os.dup(fds[3])) if order.listeners else None
-        child = _Child(order.instance, order.epoch, engine, pid, os.pidfd_open(pid), link, control)
+        child = _Child(order.instance, order.epoch, engine, pid, os.pidfd_open(pid), link)
         self._children[order.instance] = child
         self._watch(child.pidfd, lambda: self._on_exit(child))
         reply.pid = pid
@@ -198,7 +206,7 @@ class EngineHost:
         try:
             sandbox.die_with_parent(parent)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            host, operations, commits, *listener = (
+            host, operations, commits, *listeners = (
                 socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd) for fd in sandbox.keep_descriptors(fds)
             )
             tpm, operations_of_tpm = self._make_tpm(parent, program) if program else (self._tpm, self._operations)
@@ -208,7 +216,7 @@ class EngineHost:
                 host=host,
                 operations_socket=operations,
                 commits=commits,
-                listener=listener[0] if listener else None,
+                listeners=listeners,
             )
             if program is None:
                 sandbox.enter(self._filter, memory_limit=self._memory_limit)
@@ -230,24 +238,30 @@ class EngineHost:
         os.close(child.pidfd)
         _, wait_status = os.waitpid(child.pid, 0)
         child.link.close()
-        if child.control_listener is not None:
-            child.control_listener.close()
         if self._children.get(child.instance) is child:
             del self._children[child.instance]
         exited = pb.WorkerExited(
             instance=child.instance, epoch=child.epoch, pid=child.pid, status=os.waitstatus_to_exitcode(wait_status)
         )
-        self._send(pb.HostReply(exited=exited))
-        if self._daemon is None and not self._children:
-            self._running = False
+        if self._daemon is None:
+            self._untold.append(exited)
+        else:
+            self._send(pb.HostReply(exited=exited))
 
     def _attach(self, request: pb.HostRequest, fds: list[int], reply: pb.HostReply) -> list[int]:
         child = self._children[request.attach.instance]
         if len(fds) != 2:
             raise ValueError("wrong number of descriptors")
-        socket.send_fds(child.link, [b"A"], fds)
+        socket.send_fds(child.link, [ATTACH], fds)
         reply.pid = child.pid
-        return [child.control_listener.fileno()] if child.control_listener is not None else []
+        return []
+
+    def _connect(self, request: pb.HostRequest, fds: list[int], reply: pb.HostReply) -> list[int]:
+        child = self._children[request.connect.instance]
+        if len(fds) != 1:
+            raise ValueError("wrong number of descriptors")
+        socket.send_fds(child.link, [CONNECT], fds)
+        return []
 
     def _kill(self, request: pb.HostRequest, _fds: list[int], reply: pb.HostReply) -> list[int]:
         child = self._children.get(request.kill.instance)

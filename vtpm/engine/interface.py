@@ -44,11 +44,15 @@ class PowerOn:
     data_key: bytes
     startup_clear: bool
     listeners: Listeners | None
+    # Leave _TPM_Init to the VM's control channel.
+    without_init: bool = False
+    # With `startup_clear`: the AK that is made if the TPM has none.
+    ak_algorithm: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Listeners:
-    """The VM's listening sockets: `data` goes to the engine, `control` is kept for a daemon to come."""
+    """The VM's listening sockets: the data socket of the swtpm protocol and its control twin; the engine takes both."""
 
     data: socket.socket
     control: socket.socket
@@ -56,12 +60,19 @@ class Listeners:
 
 @dataclass(frozen=True, slots=True)
 class Adopted:
-    """A TPM that ran on while there was no daemon; `control` is its control listener."""
+    """A TPM that ran on while there was no daemon."""
 
     instance: uuid.UUID
     epoch: int
     tpm: RunningTpm
-    control: socket.socket | None
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """What an engine found at its start: TPMs that ran on, and (instance, epoch) of those that their VMs powered off."""
+
+    adopted: Sequence[Adopted]
+    powered_off: frozenset[tuple[uuid.UUID, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +94,11 @@ class PcrValues:
 
 @dataclass(frozen=True, slots=True)
 class Quoted:
-    """TPMS_ATTEST, TPMT_SIGNATURE, and the PCR values that were signed."""
+    """TPMS_ATTEST, TPMT_SIGNATURE, the signing key's TPMT_PUBLIC, and the PCR values that were signed."""
 
     attest: bytes
     signature: bytes
+    ak_tpmt_public: bytes
     values: tuple[PcrValue, ...]
 
 
@@ -99,8 +111,14 @@ class Loss:
     remedy: str
 
 
-# Called with the instance and its epoch.
-LossCallback = Callable[[uuid.UUID, int, Loss], None]
+class EngineEvents(Protocol):
+    """Whom an engine tells what nobody asked for; called on the event loop."""
+
+    def ended(self, instance: uuid.UUID, epoch: int, loss: Loss | None) -> None:
+        """A TPM is gone that was not told to stop; without a `loss` its VM has powered it off."""
+
+    def imported(self, instance: uuid.UUID, epoch: int) -> None:
+        """The VM's side has put another TPM's state in the place of the instance's."""
 
 
 class RunningTpm(Protocol):
@@ -128,21 +146,27 @@ class RunningTpm(Protocol):
         """Set the locality of the VM's data channel."""
 
     async def status(self) -> pb.Status:
-        """Return and clear the command counts."""
+        """Return and clear the command counts; and whether a VM's control connection is open."""
+
+    async def keys(self) -> tuple[KeyRecord, ...]:
+        """Return the persistent EKs and the AK, as the TPM has them now."""
+
+    async def attach(self, connection: socket.socket) -> None:
+        """Serve a control connection of the VM, whose end powers the TPM off."""
 
     async def stop(self) -> None:
         """Power off; returns when the TPM is gone."""
 
 
 class Engine(Protocol):
-    """Makes and runs TPMs. `on_loss` is called on the loop with (instance, epoch, loss) when one dies unasked."""
+    """Makes and runs TPMs."""
 
     @property
     def capabilities(self) -> EngineCapabilities:
         """What this engine can do."""
 
-    async def start(self, on_loss: LossCallback) -> list[Adopted]:
-        """Begin; return the TPMs that ran on without a daemon."""
+    async def start(self, events: EngineEvents) -> Recovered:
+        """Begin; return what happened without a daemon."""
 
     async def manufacture(self, instance: uuid.UUID, profile: ProfileRecord, data_key: bytes) -> Manufactured:
         """Make a new TPM and return it sealed; nothing of it runs on."""

@@ -37,6 +37,15 @@ void TPMLIB_Terminate(void);
 TPM_RESULT TPMLIB_Process(unsigned char **respbuffer, uint32_t *resp_size, uint32_t *respbufsize,
                           unsigned char *command, uint32_t command_size);
 TPM_RESULT TPMLIB_VolatileAll_Store(unsigned char **buffer, uint32_t *buflen);
+TPM_RESULT TPMLIB_SetState(int st, const unsigned char *buffer, uint32_t buflen);
+uint32_t TPMLIB_SetBufferSize(uint32_t wanted_size, uint32_t *min_size, uint32_t *max_size);
+char *TPMLIB_GetInfo(int flags);
+TPM_RESULT TPM_IO_Hash_Start(void);
+TPM_RESULT TPM_IO_Hash_Data(const unsigned char *data, uint32_t data_length);
+TPM_RESULT TPM_IO_Hash_End(void);
+TPM_RESULT TPM_IO_TpmEstablished_Get(unsigned char *tpmEstablished);
+TPM_RESULT TPM_IO_TpmEstablished_Reset(void);
+void free(void *ptr);
 TPM_RESULT TPM_Malloc(unsigned char **buffer, uint32_t size);
 void TPM_Free(unsigned char *buffer);
 """)
@@ -49,6 +58,9 @@ _TPM_VERSION_2: Final = 1
 _PERMANENT: Final = b"permall"
 _VOLATILE: Final = b"volatilestate"
 _MAX_STATE_SIZE: Final = 4 << 20
+_STATE_PERMANENT: Final = 1
+_INFO_FLAGS: Final = 7
+_libc: Final[Any] = _ffi.dlopen(None)
 
 
 class Libtpms:
@@ -74,6 +86,8 @@ class Libtpms:
         self._volatile: bytes | None = None
         self._manufacturing = False
         self._on = False
+        # Whether libtpms may hold a state of its own that it prefers (check_permanent).
+        self._holds_state = False
         self._response = _ffi.new("unsigned char **")
         self._response_size = _ffi.new("uint32_t *")
         self._buffer_size = _ffi.new("uint32_t *")
@@ -203,7 +217,16 @@ class Libtpms:
             self.power_off()
         self.permanent, self._volatile = permanent, volatile
         try:
+            if self._holds_state:
+                self._check(self._lib.TPMLIB_SetState(_STATE_PERMANENT, permanent, len(permanent)), "TPMLIB_SetState")
+            # Should this fail, nobody knows what libtpms holds.
+            self._holds_state = True
             self._check(self._lib.TPMLIB_MainInit(), "TPMLIB_MainInit")
+            self._holds_state = False
+        except EngineError:
+            # It counts as initialised, and would take no state.
+            self._lib.TPMLIB_Terminate()
+            raise
         finally:
             self._volatile = None
         self._on = True
@@ -236,6 +259,54 @@ class Libtpms:
         """
         self.command[: len(command)] = command
         return bytes(self.process_in_place(len(command)))
+
+    # ---- platform --------------------------------------------------------------------------------------------------------
+
+    def check_permanent(self, state: bytes) -> None:
+        """Raise EngineError if libtpms could not take `state`; the TPM must be off (TPMLIB_SetState)."""
+        # From now on libtpms prefers what it took here to what the callbacks give, until the next power on. To take it back
+        # with NULL would mean "no state", and the next power on would manufacture a TPM (invariant 7).
+        self._holds_state = True
+        self._check(self._lib.TPMLIB_SetState(_STATE_PERMANENT, state, len(state)), "TPMLIB_SetState")
+
+    def buffer_size(self, wanted: int) -> tuple[int, int, int]:
+        """Set the largest command (0: leave it); return it with its least and greatest (TPMLIB_SetBufferSize)."""
+        least, greatest = _ffi.new("uint32_t *"), _ffi.new("uint32_t *")
+        size = self._lib.TPMLIB_SetBufferSize(wanted, least, greatest)
+        return int(size), int(least[0]), int(greatest[0])
+
+    def info(self, flags: int) -> bytes:
+        """What libtpms tells of the TPM, as JSON (TPMLIB_GetInfo)."""
+        text = self._lib.TPMLIB_GetInfo(flags & _INFO_FLAGS)
+        if text == _ffi.NULL:
+            raise EngineError("LIBTPMS_FAILED", "TPMLIB_GetInfo failed")
+        try:
+            return bytes(_ffi.string(text))
+        finally:
+            # It comes from malloc.
+            _libc.free(text)
+
+    def hash_start(self) -> int:
+        """Begin an H-CRTM event (_TPM_Hash_Start); returns a TPM_RESULT, as the two below do."""
+        return int(self._lib.TPM_IO_Hash_Start())
+
+    def hash_data(self, data: bytes) -> int:
+        """Hash `data` (_TPM_Hash_Data)."""
+        return int(self._lib.TPM_IO_Hash_Data(data, len(data)))
+
+    def hash_end(self) -> int:
+        """End the H-CRTM event (_TPM_Hash_End)."""
+        return int(self._lib.TPM_IO_Hash_End())
+
+    def established(self) -> bool:
+        """The TPM established flag."""
+        flag = _ffi.new("unsigned char *")
+        self._check(self._lib.TPM_IO_TpmEstablished_Get(flag), "TPM_IO_TpmEstablished_Get")
+        return bool(flag[0])
+
+    def reset_established(self) -> int:
+        """Clear that flag, if the locality may; returns a TPM_RESULT."""
+        return int(self._lib.TPM_IO_TpmEstablished_Reset())
 
     def volatile(self) -> bytes:
         """Return the volatile state: PCRs, sessions, transient objects, clock (TPMLIB_VolatileAll_Store)."""

@@ -18,6 +18,7 @@ from vtpm.engine.framing import FrameReader, frame
 from vtpm.engine.interface import PcrValue, PcrValues, Quoted
 from vtpm.engine.v1 import link_pb2 as pb
 from vtpm.errors import EngineError, ErrorKind, TpmError, VtpmError
+from vtpm.store.model import KeyRecord
 from vtpm.tpm.codes import response_code_name
 from vtpm.tpm.pcr import PcrBank, PcrSelection
 
@@ -178,6 +179,9 @@ class WorkerLink(asyncio.Protocol):
         self.gone = asyncio.Event()
         # How the engine stops this worker for good, once it runs an instance.
         self.stopper: Callable[[], Awaitable[None]] = self.ask_to_stop
+        # How a control connection gets to this worker, and who hears that its state was replaced.
+        self.attacher: Callable[[socket.socket], Awaitable[None]] | None = None
+        self.on_imported: Callable[[], None] = lambda: None
 
     @classmethod
     async def open(cls, instance: uuid.UUID, sock: socket.socket) -> WorkerLink:
@@ -199,6 +203,9 @@ class WorkerLink(asyncio.Protocol):
             self.close()
             return
         for reply in replies:
+            if reply.HasField("imported"):
+                self.on_imported()
+                continue
             future = self._pending.pop(reply.id, None)
             if future is not None and not future.done():
                 future.set_result(reply)
@@ -254,7 +261,8 @@ class WorkerLink(asyncio.Protocol):
     async def quote(self, selections: Sequence[PcrSelection], nonce: bytes) -> Quoted:
         """See RunningTpm."""
         reply = await self.request(pb.WorkerRequest(quote=pb.Quote(selections=_selections(selections), nonce=nonce)))
-        return Quoted(reply.quoted.attest, reply.quoted.signature, _values(reply.quoted.values))
+        quoted = reply.quoted
+        return Quoted(quoted.attest, quoted.signature, quoted.ak_tpmt_public, _values(quoted.values))
 
     async def measure(self, pcr: int, data: bytes, event_type: int, event_data: bytes) -> tuple[PcrValue, ...]:
         """See RunningTpm."""
@@ -277,6 +285,16 @@ class WorkerLink(asyncio.Protocol):
     async def status(self) -> pb.Status:
         """See RunningTpm."""
         return (await self.request(pb.WorkerRequest(get_status=pb.GetStatus()))).status
+
+    async def keys(self) -> tuple[KeyRecord, ...]:
+        """See RunningTpm."""
+        reply = await self.request(pb.WorkerRequest(get_keys=pb.GetKeys()))
+        return tuple(KeyRecord(key.role, key.algorithm, key.handle, key.tpmt_public) for key in reply.keys.keys)
+
+    async def attach(self, connection: socket.socket) -> None:
+        """See RunningTpm."""
+        assert self.attacher is not None
+        await self.attacher(connection)
 
     async def stop(self) -> None:
         """See RunningTpm."""

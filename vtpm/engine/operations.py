@@ -30,16 +30,18 @@ from vtpm.engine.software import SoftwareTpm
 from vtpm.engine.tcti import InProcessTcti
 from vtpm.errors import EngineError, FailedPreconditionError, TpmError
 from vtpm.tpm.codes import Handle, response_code_name
-from vtpm.tpm.keys import AK_HANDLE, KeyAlgorithm, ak_template, ek_handle, ek_template
+from vtpm.tpm.keys import AK_HANDLE, KeyAlgorithm, ak_template, ek_handle, ek_template, key_algorithm
 from vtpm.tpm.pcr import PcrBank, PcrSelection, marshal_selections
 from vtpm.tpm.service import (
     MAX_READ,
     hierarchy_change_auth_command,
     parse_pcr_read,
     parse_quote,
+    parse_read_public,
     pcr_extend_command,
     pcr_read_command,
     quote_command,
+    read_public_command,
     response_code,
     shutdown_clear_command,
     startup_clear_command,
@@ -48,6 +50,8 @@ from vtpm.tpm.service import (
 _TPM_LAYER_MASK = 0xFFFF0000
 _RC_INITIALIZE = 0x100
 _RC_HANDLE = 0x8B
+# Format-one codes without the number of handle, parameter or session.
+_RC_FORMAT_ONE_MASK = 0xBF
 _RC_HIERARCHY = 0x85
 _REMEDIES = {
     _RC_INITIALIZE: "the guest's firmware has not started the TPM; reset the instance with startup CLEAR",
@@ -90,10 +94,12 @@ class Operations:
         self._tcti = InProcessTcti(tpm)
         self._esapi: Any = ESAPI(self._tcti)
         self._banks: tuple[PcrBank, ...] | None = None
+        self._ak_public = b""
 
     def forget(self) -> None:
         """Forget what was read from the TPM; after each power on."""
         self._banks = None
+        self._ak_public = b""
 
     def startup_clear(self) -> None:
         """TPM2_Startup(TPM_SU_CLEAR)."""
@@ -158,6 +164,33 @@ class Operations:
         """Return TPMS_ATTEST and TPMT_SIGNATURE by the AK (TPM2_Quote; TPM 2.0 Library, Part 3, 18.4)."""
         return parse_quote(self._run("TPM2_Quote", quote_command(AK_HANDLE, selections, nonce)))
 
+    def ak_public(self) -> bytes:
+        """Return the AK's TPMT_PUBLIC as the TPM has it now (TPM2_ReadPublic)."""
+        if not self._ak_public:
+            self._ak_public = parse_read_public(self._run("TPM2_ReadPublic", read_public_command(AK_HANDLE)))
+        return self._ak_public
+
+    def keys(self) -> list[ManufacturedKey]:
+        """Return the persistent keys that are where manufacture puts EKs and the AK."""
+        found = []
+        places = [("EK", algorithm, ek_handle(algorithm)) for algorithm in KeyAlgorithm]
+        for role, algorithm, handle in [*places, ("AK", None, AK_HANDLE)]:
+            response = self._tcti.run(read_public_command(handle))
+            rc = response_code(response)
+            if rc == 0:
+                public = parse_read_public(response)
+                kind = key_algorithm(public)
+                if kind is not None and algorithm in (None, kind):
+                    found.append(ManufacturedKey(role, kind, handle, public))
+            elif rc & _RC_FORMAT_ONE_MASK != _RC_HANDLE:
+                raise _tpm_error("TPM2_ReadPublic", rc)
+        return found
+
+    def ensure_ak(self, algorithm: KeyAlgorithm) -> None:
+        """Make the AK if there is none: the TPM of another program was imported. Platform auth is still empty."""
+        if not any(key.role == "AK" for key in self.keys()):
+            self._make_ak(algorithm)
+
     def extend(self, pcr: int, data: bytes) -> dict[PcrBank, bytes]:
         """Extend `pcr` with the digest of `data` in every allocated bank (TPM2_PCR_Extend); return the digests."""
         digests = {bank: hashlib.new(bank.hash_name, data).digest() for bank in self.banks()}
@@ -189,10 +222,11 @@ class Operations:
             for algorithm in ek_algorithms
         ]
         # In the platform hierarchy the AK outlives TPM2_Clear, and only platform auth, which firmware randomises, evicts it.
-        keys.append(
-            self._make_primary("AK", ak_algorithm, ESYS_TR.PLATFORM, ESYS_TR.PLATFORM, ak_template(ak_algorithm), AK_HANDLE)
-        )
+        keys.append(self._make_ak(ak_algorithm))
         return keys
+
+    def _make_ak(self, algorithm: KeyAlgorithm) -> ManufacturedKey:
+        return self._make_primary("AK", algorithm, ESYS_TR.PLATFORM, ESYS_TR.PLATFORM, ak_template(algorithm), AK_HANDLE)
 
     def _make_primary(
         self, role: str, algorithm: KeyAlgorithm, hierarchy: int, evict_auth: int, template: bytes, handle: int

@@ -36,8 +36,8 @@ class SoftwareTpm(Protocol):
     def manufacture(self) -> None:
         """Make a fresh TPM with seeds of its own making and power it on."""
 
-    def power_on(self, permanent: bytes) -> None:
-        """Power on (_TPM_Init) with this permanent state; never makes another in its place (invariant 7)."""
+    def power_on(self, permanent: bytes, volatile: bytes | None = None) -> None:
+        """Power on (_TPM_Init) with this permanent state, going on from `volatile`; never makes another (invariant 7)."""
 
     def power_off(self) -> None:
         """Drop volatile state; the permanent state stays in `permanent`."""
@@ -50,3 +50,32 @@ class SoftwareTpm(Protocol):
 
     def process(self, command: bytes) -> bytes:
         """Run one command of at most 4096 bytes; return the response."""
+
+    # ---- what the platform around a TPM does; a TPM that can't raises EngineError --------------------------------------------
+
+    def volatile(self) -> bytes:
+        """The volatile state."""
+
+    def check_permanent(self, state: bytes) -> None:
+        """Raise EngineError if this can't be a permanent state; the TPM is off."""
+
+    def buffer_size(self, wanted: int) -> tuple[int, int, int]:
+        """Set the largest command (0: leave it); return it with its least and greatest."""
+
+    def info(self, flags: int) -> bytes:
+        """What the TPM tells of itself, as JSON."""
+
+    def hash_start(self) -> int:
+        """_TPM_Hash_Start; a TPM_RESULT."""
+
+    def hash_data(self, data: bytes) -> int:
+        """_TPM_Hash_Data; a TPM_RESULT."""
+
+    def hash_end(self) -> int:
+        """_TPM_Hash_End; a TPM_RESULT."""
+
+    def established(self) -> bool:
+        """The TPM established flag."""
+
+    def reset_established(self) -> int:
+        """Clear that flag, if the locality may; a TPM_RESULT."""

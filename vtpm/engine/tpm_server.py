@@ -98,12 +98,15 @@ class TpmServer:
         self._start()
         self.permanent, self.dirty = self._read_state(), True
 
-    def power_on(self, permanent: bytes) -> None:
+    def power_on(self, permanent: bytes, volatile: bytes | None = None) -> None:
         """See SoftwareTpm.
 
         Raises:
+            EngineError: ENGINE_CANNOT, there is a volatile state to go on from.
             EngineError: ENGINE_STATE_REFUSED, or the program failed.
         """
+        if volatile is not None:
+            raise _cannot("take a volatile state")
         self.power_off()
         if self._refusal is None:
             self._write_state(permanent)
@@ -223,6 +226,43 @@ class TpmServer:
         self.power_off()
         return EngineError("TPM_SERVER_LOST", f"tpm_server failed: {why}", remedy=_REMEDY)
 
+    # ---- platform: what the program's protocol has no word for --------------------------------------------------------------
+
+    def volatile(self) -> bytes:
+        """See SoftwareTpm."""
+        raise _cannot("save its volatile state")
+
+    def check_permanent(self, state: bytes) -> None:
+        """See SoftwareTpm; only a power on tells."""
+
+    def buffer_size(self, wanted: int) -> tuple[int, int, int]:
+        """See SoftwareTpm; it is fixed."""
+        return MAX_COMMAND_SIZE, MAX_COMMAND_SIZE, MAX_COMMAND_SIZE
+
+    def info(self, flags: int) -> bytes:
+        """See SoftwareTpm."""
+        return b"{}"
+
+    def hash_start(self) -> int:
+        """See SoftwareTpm."""
+        raise _cannot("take an H-CRTM event")
+
+    def hash_data(self, data: bytes) -> int:
+        """See SoftwareTpm."""
+        raise _cannot("take an H-CRTM event")
+
+    def hash_end(self) -> int:
+        """See SoftwareTpm."""
+        raise _cannot("take an H-CRTM event")
+
+    def established(self) -> bool:
+        """See SoftwareTpm."""
+        return False
+
+    def reset_established(self) -> int:
+        """See SoftwareTpm."""
+        raise _cannot("reset the TPM established flag")
+
     # ---- commands --------------------------------------------------------------------------------------------------------
 
     def process_in_place(self, size: int) -> bytes:
@@ -260,3 +300,7 @@ class TpmServer:
         """See SoftwareTpm."""
         self.command[: len(command)] = command
         return self.process_in_place(len(command))
+
+
+def _cannot(what: str) -> EngineError:
+    return EngineError("ENGINE_CANNOT", f"the engine tpm_server can't {what}", kind=ErrorKind.UNIMPLEMENTED)

@@ -10,33 +10,50 @@ import contextlib
 import os
 import select
 import socket
+import struct
 import sys
 import time
 import uuid
 from typing import TYPE_CHECKING, Final, NoReturn
 
-from vtpm.engine.framing import FrameReader, frame
+from vtpm.engine.control import ControlChannel
+from vtpm.engine.framing import LENGTH, FrameReader, frame
+from vtpm.engine.platform import VmPlatform
 from vtpm.engine.stats import UNKNOWN_ORDINAL, UNTIMED, CommandStats
 from vtpm.engine.v1 import link_pb2 as pb
 from vtpm.errors import FailedPreconditionError, InvalidArgumentError, TpmError, VtpmError
 from vtpm.seal.envelope import Place, StateKind, seal, unseal
-from vtpm.tpm.codes import TPM_RC_COMMAND_SIZE
+from vtpm.tpm.codes import TPM_RC_COMMAND_SIZE, TPM_RC_FAILURE
 from vtpm.tpm.command import HEADER, HEADER_SIZE, MAX_COMMAND_SIZE, error_response
 from vtpm.tpm.eventlog import event2, spec_id_header
 from vtpm.tpm.keys import KeyAlgorithm
 from vtpm.tpm.pcr import PcrBank, PcrSelection
+from vtpm.tpm.ptm import MAX_LOCALITY
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
-    from vtpm.engine.operations import Operations
+    from vtpm.engine.operations import ManufacturedKey, Operations
     from vtpm.engine.software import Response, SoftwareTpm
 
 EXIT_STOPPED: Final = 0
 EXIT_COMMIT_REFUSED: Final = 81
 EXIT_COMMIT_TIMEOUT: Final = 82
 EXIT_TPM_FAILED: Final = 83
+# The VM has ended, as its control channel says.
+EXIT_POWERED_OFF: Final = 84
 
+# What the engine host sends along with descriptors: a new daemon's sockets, a VM's control connection.
+ATTACH: Final = b"A"
+CONNECT: Final = b"C"
+
+MAX_CONTROLS: Final = 8
+_CONTROL_SEND_TIMEOUT_S: Final = 5.0
+_NEED_POWER: Final = frozenset(("read_pcrs", "quote", "measure", "get_event_log", "get_keys"))
+_RUN_COMMANDS: Final = _NEED_POWER | {"execute"}
+# swtpm's header of a command: TPM2_SEND_COMMAND, locality, size of the command.
+_PREFIX: Final = struct.Struct(">IBI")
+_PREFIX_CODE: Final = b"\0\0\0\x08"
 MAX_CONNECTIONS: Final = 16
 _MAX_EVENTS: Final = 8
 MAX_EVENT_LOG_SIZE: Final = 256 << 10
@@ -56,7 +73,7 @@ class Worker:
     """The loop of one worker process.
 
     `host` receives new operations and commit sockets when another daemon takes over; `operations` and `commits` go to the
-    daemon; `listener` is the VM's data socket, if it has one.
+    daemon; `listeners` are the VM's data socket and its control twin, if it has any.
     """
 
     def __init__(
@@ -67,7 +84,7 @@ class Worker:
         host: socket.socket,
         operations_socket: socket.socket,
         commits: socket.socket,
-        listener: socket.socket | None,
+        listeners: Sequence[socket.socket],
     ) -> None:
         self._tpm = tpm
         self._operations = operations
@@ -75,10 +92,16 @@ class Worker:
         self._ops = operations_socket
         self._ops_reader = FrameReader()
         self._commits = commits
-        self._listener = listener
+        self._listeners = listeners
         self._epoll = select.epoll()
         self._handlers: dict[int, Callable[[], None]] = {}
         self._connections: dict[int, socket.socket] = {}
+        # The connection that the VM's control channel handed over, and the control channels.
+        self._vm_data = -1
+        self._controls: dict[int, ControlChannel] = {}
+        self._platform = VmPlatform(tpm, self)
+        self._powered = False
+        self._before_next: Callable[[], None] | None = None
         self._partial: dict[int, tuple[bytearray, float]] = {}
         self._stats = CommandStats()
         self._instance = uuid.UUID(int=0)
@@ -104,6 +127,7 @@ class Worker:
             "reset": self._reset,
             "set_locality": self._set_locality,
             "get_status": self._get_status,
+            "get_keys": self._get_keys,
             "stop": self._stop,
         }
         self._watch(host, self._on_host)
@@ -155,21 +179,149 @@ class Worker:
         """Return the handler of a data connection, for vtpm.engine.rehearsal."""
         return self._data_handler(connection, connection.fileno())
 
+    # ---- the VM's control channel ----------------------------------------------------------------------------------------
+
+    def _on_control_listener(self) -> None:
+        connection = _accept(self._listeners[1])
+        if connection is not None:
+            self._open_control(connection, attached=False)
+
+    def _open_control(self, connection: socket.socket, *, attached: bool) -> None:
+        if len(self._controls) >= MAX_CONTROLS or (attached and self._attached):
+            connection.close()
+            return
+        # A VMM that does not read its answers is waited for no longer than this.
+        connection.settimeout(_CONTROL_SEND_TIMEOUT_S)
+        channel = ControlChannel(self._platform, connection, attached=attached)
+        fd = connection.fileno()
+        self._controls[fd] = channel
+        self._watch(connection, lambda: self._on_control(fd))
+
+    @property
+    def _attached(self) -> bool:
+        return any(channel.attached for channel in self._controls.values())
+
+    def _on_control(self, fd: int) -> None:
+        channel = self._controls[fd]
+        if channel.on_readable():
+            return
+        self._handlers.pop(fd, None)
+        self._epoll.unregister(fd)
+        del self._controls[fd]
+        channel.close()
+        if channel.attached:
+            # Its VM is gone, orderly or not.
+            self.end()
+
+    # ---- power, for vtpm.engine.platform ---------------------------------------------------------------------------------
+
+    @property
+    def powered(self) -> bool:
+        """See Power."""
+        return self._powered
+
+    def turn_on(self, permanent: bytes, volatile: bytes | None = None) -> None:
+        """See Power."""
+        self._powered = True
+        try:
+            self._tpm.power_on(permanent, volatile)
+        finally:
+            self._watch_program()
+        self._operations.forget()
+        self._events.clear()
+        self._started_here = False
+        self._rebind()
+
+    def turn_off(self) -> None:
+        """See Power."""
+        if self._powered:
+            self._unwatch_program()
+            self._tpm.power_off()
+            self._powered = False
+            self._rebind()
+
+    def end(self) -> None:
+        """See Power."""
+        self._shut_down()
+        raise _Exit(EXIT_POWERED_OFF)
+
+    def settle(self) -> None:
+        """See Power."""
+        if self._tpm.dirty:
+            self._commit()
+
+    def state_imported(self) -> None:
+        """See Power."""
+        self._commit()
+        reply = pb.WorkerReply()
+        reply.imported.SetInParent()
+        # Without a daemon the next one finds out, as it asks for the keys.
+        with contextlib.suppress(OSError):
+            self._ops.sendall(frame(reply.SerializeToString()))
+
+    def serve_vm(self, connection: socket.socket) -> bool:
+        """See Power."""
+        if self._vm_data in self._connections:
+            return False
+        self._vm_data = connection.fileno()
+        self._open_data(connection)
+        return True
+
+    def before_next_command(self, action: Callable[[], None]) -> None:
+        """See Power."""
+        self._before_next = action
+        self._rebind()
+
+    def _run_before_next(self) -> None:
+        action, self._before_next = self._before_next, None
+        if action is not None:
+            action()
+            self._rebind()
+
+    def _rebind(self) -> None:
+        """Give every data connection the handler for what the TPM is now, so that the usual way need not ask."""
+        for fd, connection in self._connections.items():
+            self._handlers[fd] = self._handler_for(connection, fd)
+
+    def _handler_for(self, connection: socket.socket, fd: int) -> Callable[[], None]:
+        if not self._powered:
+            return lambda: self._on_data_unpowered(connection, fd)
+        handler = self._data_handler(connection, fd)
+        if self._before_next is None:
+            return handler
+
+        def first() -> None:
+            self._run_before_next()
+            handler()
+
+        return first
+
+    def _on_data_unpowered(self, connection: socket.socket, fd: int) -> None:
+        try:
+            data = connection.recv(MAX_COMMAND_SIZE)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if data:
+            self._on_pieces(connection, fd, data)
+        else:
+            self._drop(fd)
+
     # ---- the VM's data channel -------------------------------------------------------------------------------------------
 
     def _on_listener(self) -> None:
-        assert self._listener is not None
-        try:
-            connection, _ = self._listener.accept()
-        except OSError:
-            return
-        if len(self._connections) >= MAX_CONNECTIONS:
+        connection = _accept(self._listeners[0])
+        if connection is not None and len(self._connections) < MAX_CONNECTIONS:
+            self._open_data(connection)
+        elif connection is not None:
             connection.close()
-            return
+
+    def _open_data(self, connection: socket.socket) -> None:
         connection.setblocking(False)
         fd = connection.fileno()
         self._connections[fd] = connection
-        self._watch(connection, self._data_handler(connection, fd))
+        self._watch(connection, self._handler_for(connection, fd))
 
     def _data_handler(self, connection: socket.socket, fd: int) -> Callable[[], None]:
         """Return what serves a readable data connection. The way of nearly every command, so names are bound once."""
@@ -228,17 +380,27 @@ class Worker:
         buffer, since = self._partial.pop(fd, (bytearray(), time.monotonic()))
         buffer += data
         while len(buffer) >= HEADER_SIZE and fd in self._connections:
-            _tag, size, ordinal = HEADER.unpack_from(buffer)
+            prefixed = buffer.startswith(_PREFIX_CODE)
+            at = _PREFIX.size if prefixed else 0
+            if len(buffer) < at + HEADER_SIZE:
+                break
+            _tag, size, ordinal = HEADER.unpack_from(buffer, at)
+            if prefixed and _PREFIX.unpack_from(buffer)[2] != size:
+                size = 0
             if not HEADER_SIZE <= size <= MAX_COMMAND_SIZE:
                 # The stream can't be framed any more: answer as the TPM would and close.
                 self._answer(connection, fd, error_response(TPM_RC_COMMAND_SIZE))
                 self._drop(fd)
                 return
-            if len(buffer) < size:
+            if len(buffer) < at + size:
                 break
-            self._tpm.command[:size] = buffer[:size]
-            del buffer[:size]
-            self._answer(connection, fd, self._execute(size, ordinal))
+            locality = buffer[4] if prefixed else None
+            self._tpm.command[:size] = buffer[at : at + size]
+            del buffer[: at + size]
+            if locality is None:
+                self._answer(connection, fd, self._execute(size, ordinal))
+            else:
+                self._answer(connection, fd, self._execute_prefixed(size, ordinal, locality))
             since = time.monotonic()
         if buffer and fd in self._connections:
             self._partial[fd] = (buffer, since)
@@ -266,6 +428,8 @@ class Worker:
     def _execute(self, size: int, ordinal: int) -> Response:
         """Run the command in the TPM's buffer; the response is valid until the next command."""
         tpm = self._tpm
+        if not self._powered:
+            return error_response(TPM_RC_FAILURE)
         start = time.perf_counter_ns()
         response = tpm.process_in_place(size)
         if tpm.dirty:
@@ -273,6 +437,16 @@ class Worker:
         self._stats.time(ordinal, time.perf_counter_ns() - start)
         self._stats.count(ordinal)
         return response
+
+    def _execute_prefixed(self, size: int, ordinal: int, locality: int) -> bytes:
+        """The same behind swtpm's header of a command (PTM_CAP_SEND_COMMAND_HEADER), which names a locality for it."""
+        tpm = self._tpm
+        before, tpm.locality = tpm.locality, min(locality, MAX_LOCALITY)
+        try:
+            response = bytes(self._execute(size, ordinal))
+        finally:
+            tpm.locality = before
+        return LENGTH.pack(len(response)) + response + bytes(LENGTH.size)
 
     # ---- sealed state ----------------------------------------------------------------------------------------------------
 
@@ -350,7 +524,12 @@ class Worker:
         for level, kind, payload in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
-        if len(fds) != 2:
+        if data == CONNECT and len(fds) == 1:
+            self._open_control(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fds[0]), attached=True)
+            return
+        if data != ATTACH or len(fds) != 2:
+            for fd in fds:
+                os.close(fd)
             return
         self._unwatch(self._ops)
         self._commits.close()
@@ -373,8 +552,13 @@ class Worker:
         for message in self._ops_reader.feed(data):
             request = pb.WorkerRequest.FromString(message)
             reply = pb.WorkerReply(id=request.id)
+            kind = request.WhichOneof("body") or ""
             try:
-                self._requests[request.WhichOneof("body") or ""](request, reply)
+                if kind in _NEED_POWER:
+                    self._check_powered()
+                if kind in _RUN_COMMANDS:
+                    self._run_before_next()
+                self._requests[kind](request, reply)
             except VtpmError as error:
                 reply = pb.WorkerReply(id=request.id, fault=_fault(error))
             except (KeyError, ValueError) as error:
@@ -389,6 +573,12 @@ class Worker:
                 ops.sendall(frame(reply.SerializeToString()))
             except OSError:
                 return
+
+    def _check_powered(self) -> None:
+        if not self._powered:
+            raise FailedPreconditionError(
+                "TPM_NOT_POWERED", "the VM has not initialised its TPM yet, or has stopped it", remedy="wait until the VM boots"
+            )
 
     def _manufacture(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:
         from vtpm.engine.operations import manufacture
@@ -406,10 +596,7 @@ class Worker:
         place = Place(self._instance, StateKind.PERMANENT, 0, 1)
         reply.manufactured.sealed = seal(order.data_key, place, self._tpm.permanent)
         self._tpm.dirty = False
-        for key in keys:
-            reply.manufactured.keys.add(
-                role=key.role, algorithm=key.algorithm.value, handle=key.handle, tpmt_public=key.tpmt_public
-            )
+        _add_keys(reply.manufactured, keys)
 
     def _load(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:
         order = request.load
@@ -419,35 +606,44 @@ class Worker:
         self._data_key = order.data_key
         self._epoch, self._version = order.epoch, order.place.version
         self._commit_timeout_s = order.commit_timeout_ms / 1000
-        self._power_on(permanent, startup_clear=order.startup_clear)
-        if self._listener is not None:
-            self._listener.setblocking(False)
-            self._watch(self._listener, self._on_listener)
         reply.loaded.SetInParent()
+        if order.without_init:
+            self._tpm.permanent = permanent
+        else:
+            self.turn_on(permanent)
+            if order.startup_clear:
+                self._start_up(KeyAlgorithm(order.ak_algorithm) if order.ak_algorithm else None)
+        for listener, handler in zip(self._listeners, (self._on_listener, self._on_control_listener), strict=False):
+            listener.setblocking(False)
+            self._watch(listener, handler)
 
-    def _power_on(self, permanent: bytes, *, startup_clear: bool) -> None:
-        try:
-            self._tpm.power_on(permanent)
-        finally:
-            self._watch_program()
-        self._operations.forget()
-        self._events.clear()
-        if startup_clear:
-            self._operations.startup_clear()
-            self._operations.close_platform()
-        self._started_here = startup_clear
+    def _start_up(self, ak_algorithm: KeyAlgorithm | None) -> None:
+        """What firmware does: TPM2_Startup, and platform auth that nobody knows."""
+        self._operations.startup_clear()
+        self._started_here = True
+        if ak_algorithm is not None:
+            self._operations.ensure_ak(ak_algorithm)
+        self._operations.close_platform()
+
+    def _get_keys(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:
+        reply.keys.SetInParent()
+        _add_keys(reply.keys, self._operations.keys())
 
     def _watch_program(self) -> None:
         """Notice the end of a TPM that is a program of its own: each power on starts another."""
+        self._unwatch_program()
+        self._lifeline = self._tpm.lifeline
+        if self._lifeline >= 0:
+            self._handlers[self._lifeline] = self._on_program_end
+            self._epoll.register(self._lifeline, select.EPOLLIN)
+
+    def _unwatch_program(self) -> None:
         if self._lifeline >= 0:
             # The program before this one; if its descriptor was closed, epoll knows that already.
             del self._handlers[self._lifeline]
             with contextlib.suppress(OSError):
                 self._epoll.unregister(self._lifeline)
-        self._lifeline = self._tpm.lifeline
-        if self._lifeline >= 0:
-            self._handlers[self._lifeline] = self._on_program_end
-            self._epoll.register(self._lifeline, select.EPOLLIN)
+            self._lifeline = -1
 
     def _on_program_end(self) -> None:
         # Asked again: the event may have been that of the program before, under the same number.
@@ -477,6 +673,7 @@ class Worker:
         # No guest command can run in between: these are the values that get signed.
         _, values = self._operations.read_pcrs(selections)
         reply.quoted.attest, reply.quoted.signature = self._operations.quote(selections, request.quote.nonce)
+        reply.quoted.ak_tpmt_public = self._operations.ak_public()
         for bank, index, digest in values:
             reply.quoted.values.add(hash_alg=bank.alg_id, index=index, digest=digest)
 
@@ -500,7 +697,9 @@ class Worker:
 
     def _reset(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:
         assert self._tpm.permanent is not None
-        self._power_on(self._tpm.permanent, startup_clear=request.reset.startup_clear)
+        self.turn_on(self._tpm.permanent)
+        if request.reset.startup_clear:
+            self._start_up(None)
         reply.done.SetInParent()
 
     def _set_locality(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:
@@ -509,16 +708,33 @@ class Worker:
 
     def _get_status(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:
         reply.status.epoch, reply.status.version = self._epoch, self._version
+        reply.status.attached = self._attached
         self._stats.drain(reply.status)
 
     def _stop(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:
-        if self._started_here:
-            self._operations.shutdown_clear()
-            if self._tpm.dirty:
-                self._commit()
+        self._shut_down()
         reply.done.SetInParent()
         self._ops.sendall(frame(reply.SerializeToString()))
         raise _Exit(EXIT_STOPPED)
+
+    def _shut_down(self) -> None:
+        """Who started the TPM shuts it down."""
+        if self._powered and self._started_here:
+            self._operations.shutdown_clear()
+            self.settle()
+
+
+def _accept(listener: socket.socket) -> socket.socket | None:
+    try:
+        connection, _ = listener.accept()
+    except OSError:
+        return None
+    return connection
+
+
+def _add_keys(reply: pb.Keys | pb.Manufactured, keys: Iterable[ManufacturedKey]) -> None:
+    for key in keys:
+        reply.keys.add(role=key.role, algorithm=key.algorithm.value, handle=key.handle, tpmt_public=key.tpmt_public)
 
 
 def _selections(selections: Iterable[pb.Selection]) -> tuple[PcrSelection, ...]:

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-from vtpm.engine.interface import Adopted, EngineCapabilities, LossCallback, Manufactured, PowerOn
+from vtpm.engine.interface import EngineCapabilities, EngineEvents, Manufactured, PowerOn, Recovered
 from vtpm.engine.link import WorkerLink
 from vtpm.engine.software import LIBTPMS, TPM_SERVER
 from vtpm.engine.v1 import link_pb2 as pb
@@ -31,7 +31,7 @@ class WorkerEngine:
         self._hibernation = hibernation
         self._program = program
         self._hidden = [str(path) for path in hidden]
-        self._on_loss: LossCallback = lambda _instance, _epoch, _loss: None
+        self._events: EngineEvents | None = None
 
     @property
     def capabilities(self) -> EngineCapabilities:
@@ -41,10 +41,10 @@ class WorkerEngine:
         version = self._workers.libtpms_version if self._program is None else ""
         return EngineCapabilities(self._name, version, hibernation=self._hibernation, available=available)
 
-    async def start(self, on_loss: LossCallback) -> list[Adopted]:
+    async def start(self, events: EngineEvents) -> Recovered:
         """See Engine."""
-        self._on_loss = on_loss
-        return await self._workers.adopt(self._name, on_loss)
+        self._events = events
+        return await self._workers.recover(self._name, events)
 
     def _worker(self) -> pb.Spawn:
         order = pb.Spawn(engine=self._name, hidden=self._hidden)
@@ -67,7 +67,8 @@ class WorkerEngine:
 
     async def power_on(self, order: PowerOn) -> WorkerLink:
         """See Engine."""
-        return await self._workers.power_on(self._worker(), order, self._on_loss)
+        assert self._events is not None
+        return await self._workers.power_on(self._worker(), order, self._events)
 
     async def close(self) -> None:
         """See Engine."""

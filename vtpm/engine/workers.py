@@ -16,11 +16,11 @@ import structlog
 
 from vtpm.engine.committer import Committer
 from vtpm.engine.host import PROTOCOL
-from vtpm.engine.interface import Adopted, Loss, LossCallback, Manufactured, PowerOn
+from vtpm.engine.interface import Adopted, EngineEvents, Loss, Manufactured, PowerOn, Recovered
 from vtpm.engine.link import HostLink, WorkerLink
 from vtpm.engine.software import LIBTPMS
 from vtpm.engine.v1 import link_pb2 as pb
-from vtpm.engine.worker import EXIT_COMMIT_REFUSED, EXIT_COMMIT_TIMEOUT, EXIT_STOPPED
+from vtpm.engine.worker import EXIT_COMMIT_REFUSED, EXIT_COMMIT_TIMEOUT, EXIT_POWERED_OFF, EXIT_STOPPED
 from vtpm.errors import EngineError, ErrorKind, VtpmError
 from vtpm.store.model import KeyRecord, ProfileRecord
 
@@ -44,7 +44,8 @@ class Workers:
         self._host: HostLink | None = None
         self._connecting = asyncio.Lock()
         self._found: list[pb.RunningWorker] = []
-        self._links: dict[tuple[str, int], tuple[WorkerLink, LossCallback]] = {}
+        self._ended: list[pb.WorkerExited] = []
+        self._links: dict[tuple[str, int], tuple[WorkerLink, EngineEvents]] = {}
         self._stopping: set[tuple[str, int]] = set()
         self._exits: dict[tuple[str, int], asyncio.Future[int]] = {}
         self._engines: Sequence[str] = ()
@@ -57,7 +58,7 @@ class Workers:
 
     # ---- the engine host -------------------------------------------------------------------------------------------------
 
-    async def adopt(self, engine: str, on_loss: LossCallback) -> list[Adopted]:
+    async def recover(self, engine: str, events: EngineEvents) -> Recovered:
         """Take over the workers of `engine` that ran on without a daemon."""
         await self._live_host()
         adopted = []
@@ -65,10 +66,11 @@ class Workers:
             if (worker.engine or LIBTPMS) != engine:
                 continue
             try:
-                adopted.append(await self._adopt(worker, on_loss))
+                adopted.append(await self._adopt(worker, events))
             except VtpmError as error:
                 log.error("engine.adopt_failed", instance=worker.instance, reason=error.reason)
-        return adopted
+        powered_off = {(uuid.UUID(item.instance), item.epoch) for item in self._ended if item.status == EXIT_POWERED_OFF}
+        return Recovered(adopted, frozenset(powered_off))
 
     async def _connect(self) -> None:
         self._host = await HostLink.connect(
@@ -89,6 +91,7 @@ class Workers:
         self._engines = tuple(hello.engines) or (LIBTPMS,)
         self.libtpms_version, self.host_pid = hello.engine_version, hello.pid
         self._found = [worker for reply, _ in replies for worker in reply.hello.workers]
+        self._ended = [exited for reply, _ in replies for exited in reply.hello.exited if "/" not in exited.instance]
         log.info("engine.host_connected", pid=hello.pid, workers=len(self._found))
 
     async def _live_host(self) -> HostLink:
@@ -119,6 +122,8 @@ class Workers:
         match exited.status:
             case _ if key in self._stopping:
                 self._forget(key)
+            case status if status == EXIT_POWERED_OFF:
+                self._end(*key, None)
             case status if status == EXIT_COMMIT_REFUSED:
                 self._report(
                     *key, "COMMIT_REFUSED", "another owner has taken the instance, or its row was changed", "see the log"
@@ -134,9 +139,12 @@ class Workers:
                 self._report(*key, "WORKER_LOST", f"the worker ended with {how}; the TPM's volatile state is lost")
 
     def _report(self, instance: str, epoch: int, reason: str, message: str, remedy: str = "") -> None:
-        _, on_loss = self._links[instance, epoch]
+        self._end(instance, epoch, Loss(reason, message, remedy or _RESET.format(instance)))
+
+    def _end(self, instance: str, epoch: int, loss: Loss | None) -> None:
+        _, events = self._links[instance, epoch]
         self._forget((instance, epoch))
-        on_loss(uuid.UUID(instance), epoch, Loss(reason, message, remedy or _RESET.format(instance)))
+        events.ended(uuid.UUID(instance), epoch, loss)
 
     def _forget(self, key: tuple[str, int]) -> None:
         self._stopping.discard(key)
@@ -145,21 +153,25 @@ class Workers:
 
     # ---- workers ---------------------------------------------------------------------------------------------------------
 
-    async def _adopt(self, worker: pb.RunningWorker, on_loss: LossCallback) -> Adopted:
+    async def _adopt(self, worker: pb.RunningWorker, events: EngineEvents) -> Adopted:
         instance = uuid.UUID(worker.instance)
         host = await self._live_host()
         with _SocketPairs() as pairs:
-            replies = await host.request(pb.HostRequest(attach=pb.Attach(instance=worker.instance)), pairs.worker_ends)
-            fds = replies[-1][1]
-            control = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fds[0]) if fds else None
+            await host.request(pb.HostRequest(attach=pb.Attach(instance=worker.instance)), pairs.worker_ends)
             self._committer.add(instance, worker.epoch, pairs.commits)
             link = await WorkerLink.open(instance, pairs.operations)
-        self._hold(link, (worker.instance, worker.epoch), on_loss)
-        return Adopted(instance, worker.epoch, link, control)
+        self._hold(link, (worker.instance, worker.epoch), events)
+        return Adopted(instance, worker.epoch, link)
 
-    def _hold(self, link: WorkerLink, key: tuple[str, int], on_loss: LossCallback) -> None:
-        self._links[key] = (link, on_loss)
+    def _hold(self, link: WorkerLink, key: tuple[str, int], events: EngineEvents) -> None:
+        self._links[key] = (link, events)
         link.stopper = functools.partial(self._stop_worker, link, key)
+        link.attacher = functools.partial(self._attach_to, key[0])
+        link.on_imported = functools.partial(events.imported, uuid.UUID(key[0]), key[1])
+
+    async def _attach_to(self, instance: str, connection: socket.socket) -> None:
+        host = await self._live_host()
+        await host.request(pb.HostRequest(connect=pb.Connect(instance=instance)), [connection.fileno()])
 
     async def _spawn(self, order: pb.Spawn, instance: uuid.UUID, listeners: list[socket.socket]) -> WorkerLink:
         host = await self._live_host()
@@ -196,12 +208,12 @@ class Workers:
         keys = tuple(KeyRecord(key.role, key.algorithm, key.handle, key.tpmt_public) for key in made.keys)
         return Manufactured(made.sealed, keys)
 
-    async def power_on(self, worker: pb.Spawn, order: PowerOn, on_loss: LossCallback) -> WorkerLink:
+    async def power_on(self, worker: pb.Spawn, order: PowerOn, events: EngineEvents) -> WorkerLink:
         """See Engine; `worker` says which engine."""
         key = worker.instance, worker.epoch = str(order.instance), order.epoch
         listeners = [order.listeners.data, order.listeners.control] if order.listeners else []
         link = await self._spawn(worker, order.instance, listeners)
-        self._hold(link, key, on_loss)
+        self._hold(link, key, events)
         load = pb.Load(
             data_key=order.data_key,
             place=pb.Place(instance=order.instance.bytes, epoch=order.state.epoch, version=order.state.version),
@@ -209,6 +221,8 @@ class Workers:
             epoch=order.epoch,
             startup_clear=order.startup_clear,
             commit_timeout_ms=int(self._commit_timeout_s * 1000),
+            without_init=order.without_init,
+            ak_algorithm=order.ak_algorithm,
         )
         try:
             await link.request(pb.WorkerRequest(load=load))
@@ -230,7 +244,7 @@ class Workers:
             host = await self._live_host()
             await host.request(pb.HostRequest(kill=pb.Kill(instance=key[0])))
         status = await exited
-        if status not in (EXIT_STOPPED, -signal.SIGKILL):
+        if status not in (EXIT_STOPPED, EXIT_POWERED_OFF, -signal.SIGKILL):
             log.warning("engine.worker_ended", instance=key[0], epoch=key[1], status=status)
 
     async def close(self) -> None:

@@ -9,13 +9,14 @@ Invariant 7: whatever is not understood ends in FAILED with a reason and a remed
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime as dt
 import functools
 import socket
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, ParamSpec, TypeVar
 
 import structlog
@@ -33,15 +34,16 @@ log: Final = structlog.get_logger("vtpm.instance")
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 _FAILURE_RETRY_S: Final = 1.0
+_END_TIMEOUT_S: Final = 5.0
 
 
 @dataclass(slots=True)
 class Running:
-    """A powered-on instance; `control` is the listener that vtpm.wire serves."""
+    """A powered-on instance."""
 
     record: InstanceRecord
     tpm: RunningTpm
-    control: socket.socket | None
+    gone: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Lifecycle:
@@ -69,6 +71,7 @@ class Lifecycle:
         self._by_ref: dict[str, Running] = {}
         self._locks: dict[uuid.UUID, asyncio.Lock] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._ends: dict[uuid.UUID, asyncio.Task[None]] = {}
         # Between wrapping or reading a data key and its use the key-encryption key must not be rotated away.
         self.key_lock = asyncio.Lock()
         # Why threads: the store's calls block on the disk.
@@ -99,8 +102,7 @@ class Lifecycle:
         if running is not None:
             self._by_ref.pop(str(record.id), None)
             self._by_ref.pop(record.name, None)
-            if running.control is not None:
-                running.control.close()
+            running.gone.set()
         self.sockets.remove(record.id)
         return running
 
@@ -113,8 +115,11 @@ class Lifecycle:
 
     async def recover(self) -> None:
         """Take over what ran on without a daemon, and put into order what did not."""
+        powered_off: set[tuple[uuid.UUID, int]] = set()
         for engine in self.engines.values():
-            for adopted in await engine.start(self._on_loss):
+            found = await engine.start(self)
+            powered_off |= found.powered_off
+            for adopted in found.adopted:
                 try:
                     record = await self.blocking(self.store.get, str(adopted.instance))
                 except NotFoundError:
@@ -124,12 +129,17 @@ class Lifecycle:
                     log.warning("instance.stale_worker_stopped", instance=str(adopted.instance), epoch=adopted.epoch)
                     await adopted.tpm.stop()
                     continue
-                self._enter(Running(record, adopted.tpm, adopted.control))
+                self._enter(Running(record, adopted.tpm))
                 log.info("instance.adopted", instance=str(record.id), name=record.name, epoch=record.epoch)
+                # Its VM's side may have put another TPM's state there meanwhile.
+                self.imported(record.id, record.epoch)
         for record in await self.blocking(self.store.owned):
             if record.id in self._running:
                 continue
-            if record.boot_id != self._boot_id:
+            if (record.id, record.epoch) in powered_off:
+                await self.blocking(self.store.release, record.id, record.epoch)
+                log.info("instance.powered_off_by_vm", instance=str(record.id), name=record.name)
+            elif record.boot_id != self._boot_id:
                 # The host was restarted: the VM is gone too, and nothing that it could still rely on was lost.
                 await self.blocking(self.store.release, record.id, record.epoch)
                 log.info("instance.off_after_host_restart", instance=str(record.id), name=record.name)
@@ -153,32 +163,73 @@ class Lifecycle:
 
     # ---- loss ------------------------------------------------------------------------------------------------------------
 
-    def _on_loss(self, instance: uuid.UUID, epoch: int, loss: Loss) -> None:
+    def ended(self, instance: uuid.UUID, epoch: int, loss: Loss | None) -> None:
+        """See EngineEvents."""
         running = self._running.get(instance)
         if running is None or running.record.epoch != epoch:
             return
         self._leave(running.record)
-        task = asyncio.get_running_loop().create_task(self._fail(running.record, loss))
+        end = self._fail(running.record, loss) if loss is not None else self._powered_off(running.record)
+        self._ends[instance] = task = self._later(end)
+        task.add_done_callback(lambda _task: self._ends.pop(instance, None))
+
+    def imported(self, instance: uuid.UUID, epoch: int) -> None:
+        """See EngineEvents."""
+        running = self._running.get(instance)
+        if running is not None and running.record.epoch == epoch:
+            self._later(self._refresh_keys(running))
+
+    def _later(self, action: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(action)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _end_written_down(self, instance: uuid.UUID) -> None:
+        """Wait until the end of a TPM, if one has just ended, is in the store too."""
+        if (task := self._ends.get(instance)) is not None:
+            await asyncio.wait((task,), timeout=_END_TIMEOUT_S)
+
+    async def _refresh_keys(self, running: Running) -> None:
+        """Write down the keys that the TPM has now, if they are others than before."""
+        try:
+            keys = await running.tpm.keys()
+        except VtpmError as error:
+            # A TPM that was not started tells nothing yet; the next power on or daemon asks again.
+            log.debug("instance.keys_unknown", instance=str(running.record.id), reason=error.reason)
+            return
+        if keys == running.record.keys:
+            return
+        record = await self.blocking(self.store.set_keys, running.record.id, keys)
+        self.refresh(record)
+        log.info("instance.keys_changed", instance=str(record.id), name=record.name)
+        self.hub.publish("UPDATED", record)
+
+    async def _powered_off(self, record: InstanceRecord) -> None:
+        """Write down that the VM has ended."""
+        log.info("instance.powered_off_by_vm", instance=str(record.id), name=record.name)
+        await self._write_down(record, functools.partial(self.store.release, record.id, record.epoch))
 
     async def _fail(self, record: InstanceRecord, loss: Loss) -> None:
         """Write down that `record` FAILED; keeps trying while the store is in trouble."""
         log.error("instance.failed", instance=str(record.id), name=record.name, reason=loss.reason, remedy=loss.remedy)
         failure = Failure(loss.reason, loss.message, loss.remedy, dt.datetime.now(dt.UTC))
+        await self._write_down(record, functools.partial(self.store.fail, record.id, record.epoch, failure))
+
+    async def _write_down(self, record: InstanceRecord, change: Callable[[], InstanceRecord]) -> None:
         while True:
             try:
-                failed = await self.blocking(self.store.fail, record.id, record.epoch, failure)
+                changed = await self.blocking(change)
             except (ConflictError, NotFoundError) as error:
                 # Another owner has it, or it was deleted: there is nothing of ours to mark.
-                log.warning("instance.failure_not_recorded", instance=str(record.id), reason=error.reason)
+                log.warning("instance.end_not_recorded", instance=str(record.id), reason=error.reason)
                 return
             except VtpmError as error:
                 if error.kind is not ErrorKind.UNAVAILABLE:
                     raise
                 await asyncio.sleep(_FAILURE_RETRY_S)
                 continue
-            self.hub.publish("UPDATED", failed)
+            self.hub.publish("UPDATED", changed)
             return
 
     # ---- power -----------------------------------------------------------------------------------------------------------
@@ -187,6 +238,7 @@ class Lifecycle:
         """Power on; an instance that is ON is returned as it is."""
         record = await self.blocking(self.store.get, ref)
         async with self.lock(record.id):
+            await self._end_written_down(record.id)
             record = await self._current(ref, revision)
             match record.state:
                 case InstanceState.ON:
@@ -199,6 +251,40 @@ class Lifecycle:
                         remedy=f"vtpm instance reset {record.name}, or stop it first",
                     )
             return await self._power_on(record, startup_clear=startup_clear)
+
+    async def attach(self, ref: str, connection: socket.socket) -> None:
+        """Give a control connection of a VM to its instance, which is powered on for it: a VMM that connects starts a VM.
+
+        Raises:
+            FailedPreconditionError: INSTANCE_IN_USE, another VM's connection is open.
+        """
+        record = await self.blocking(self.store.get, ref)
+        async with self.lock(record.id):
+            if await self._attached(record.id):
+                raise FailedPreconditionError(
+                    "INSTANCE_IN_USE",
+                    "another VM is attached to the instance",
+                    subject=record.name,
+                    remedy="end that VM, or give this one an instance of its own",
+                )
+            running = self._running.get(record.id)
+            if running is None:
+                await self._power_on(await self._current(ref, None), startup_clear=False, without_init=True)
+                running = self._running[record.id]
+            await running.tpm.attach(connection)
+            log.info("instance.attached", instance=str(record.id), name=record.name, epoch=running.record.epoch)
+
+    async def _attached(self, instance: uuid.UUID) -> bool:
+        """Whether a VM's control connection is open; waits for the end of a TPM whose VM has just gone."""
+        running = self._running.get(instance)
+        if running is not None:
+            try:
+                return (await running.tpm.status()).attached
+            except EngineError:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(running.gone.wait(), _END_TIMEOUT_S)
+        await self._end_written_down(instance)
+        return False
 
     async def stop(self, ref: str, *, revision: int | None) -> InstanceRecord:
         """Power off; volatile state is dropped. An instance that is OFF is returned as it is."""
@@ -245,7 +331,7 @@ class Lifecycle:
             )
         return record
 
-    async def _power_on(self, record: InstanceRecord, *, startup_clear: bool) -> InstanceRecord:
+    async def _power_on(self, record: InstanceRecord, *, startup_clear: bool, without_init: bool = False) -> InstanceRecord:
         if self._max_running and len(self._running) >= self._max_running:
             raise VtpmError(
                 "TOO_MANY_RUNNING",
@@ -261,17 +347,29 @@ class Lifecycle:
                 wrapped, state = await self.blocking(self.store.load, record.id)
                 data_key = await self.blocking(self.keys.unwrap, wrapped, record.id)
             listeners = self.sockets.make(record.id)
-            order = PowerOn(record.id, owned.epoch, state, data_key, startup_clear, listeners)
+            order = PowerOn(
+                record.id,
+                owned.epoch,
+                state,
+                data_key,
+                startup_clear,
+                listeners,
+                without_init=without_init,
+                ak_algorithm=record.profile.ak_algorithm,
+            )
             tpm = await self.engine(record.engine).power_on(order)
         except BaseException as error:
-            if listeners is not None:
-                listeners.control.close()
             await self._undo_power_on(owned, error)
             raise
         finally:
             if listeners is not None:
                 listeners.data.close()
-        self._enter(Running(owned, tpm, listeners.control))
+                listeners.control.close()
+        running = Running(owned, tpm)
+        self._enter(running)
+        if startup_clear:
+            await self._refresh_keys(running)
+            owned = running.record
         log.info("instance.started", instance=str(record.id), name=record.name, epoch=owned.epoch)
         self.hub.publish("UPDATED", owned)
         return owned

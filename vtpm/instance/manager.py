@@ -31,7 +31,7 @@ from vtpm.instance.validation import check_labels, check_name, check_request_id,
 from vtpm.instance.watch import read_changes
 from vtpm.seal.keys import WrappedKey, new_data_key
 from vtpm.store.filter import parse_filter
-from vtpm.store.model import InstanceRecord, InstanceState, NewInstance
+from vtpm.store.model import Filter, InstanceRecord, InstanceState, NewInstance
 from vtpm.tpm.pcr import PcrSelection
 
 log: Final = structlog.get_logger("vtpm.instance")
@@ -165,7 +165,7 @@ class InstanceManager:
         self._deleted(record)
 
     def _deleted(self, record: InstanceRecord) -> None:
-        self._lifecycle.sockets.remove(record.id)
+        self._lifecycle.sockets.delete(record.id)
         log.info("instance.deleted", instance=str(record.id), name=record.name)
         self._hub.publish("DELETED", record)
 
@@ -248,10 +248,25 @@ class InstanceManager:
         """The instance's gRPC socket, while it is ON."""
         return self._lifecycle.sockets.guest_socket(record.id)
 
-    def control_listener(self, record: InstanceRecord) -> socket.socket | None:
-        """The listening control socket of the swtpm protocol, while the instance is ON."""
-        running = self._lifecycle.running(str(record.id))
-        return running.control if running is not None else None
+    def control_socket(self, record: InstanceRecord) -> Path:
+        """The socket that a VMM connects to, which powers the instance on."""
+        return self._lifecycle.sockets.control_socket(record.id)
+
+    def listen_for_vm(self, record: InstanceRecord) -> socket.socket:
+        """Listen on that socket."""
+        return self._lifecycle.sockets.listen_for_vm(record.id)
+
+    async def attach(self, ref: str, connection: socket.socket) -> None:
+        """Give a VMM's control connection to the instance."""
+        await self._lifecycle.attach(ref, connection)
+
+    async def all(self) -> AsyncIterator[InstanceRecord]:
+        """Yield every instance."""
+        after: uuid.UUID | None = None
+        while page := await self._lifecycle.blocking(self._store.list, Filter(), _PAGE_SIZE, after):
+            for record in page:
+                yield record
+            after = page[-1].id
 
     async def _tpm(self, ref: str) -> Running:
         running = self._lifecycle.running(ref)
@@ -281,8 +296,7 @@ class InstanceManager:
         """Sign PCRs and `nonce` (at most 64 bytes) with the AK (TPM2_Quote)."""
         running = await self._tpm(ref)
         quoted = await running.tpm.quote(selections, nonce)
-        ak_public = next(key.tpmt_public for key in running.record.keys if key.role == "AK")
-        return QuoteResult(quoted.attest, quoted.signature, ak_public, quoted.values)
+        return QuoteResult(quoted.attest, quoted.signature, quoted.ak_tpmt_public, quoted.values)
 
     async def measure(self, ref: str, pcr: int, data: bytes, event_type: int, event_data: bytes) -> tuple[PcrValue, ...]:
         """Extend `pcr` with the digests of `data` in every bank and record the event."""

@@ -19,7 +19,7 @@ from vtpm.seal.envelope import StateKind
 from vtpm.seal.keys import WrappedKey
 from vtpm.store import database
 from vtpm.store.commits import StateCommits
-from vtpm.store.model import Failure, Filter, InstanceRecord, InstanceState, NewInstance, SealedState, StateCommit
+from vtpm.store.model import Failure, Filter, InstanceRecord, InstanceState, KeyRecord, NewInstance, SealedState, StateCommit
 from vtpm.store.rows import dump_failure, dump_keys, dump_profile, now, to_record
 from vtpm.store.schema import data_keys, instances, labels, requests, states
 
@@ -253,6 +253,12 @@ class Store:
             self._change(connection, instance, {}, revision=revision)
             connection.execute(sa.delete(labels).where(labels.c.instance == instance))
             self._insert_labels(connection, instance, values)
+            return self._by_id(connection, instance)
+
+    def set_keys(self, instance: uuid.UUID, keys: tuple[KeyRecord, ...]) -> InstanceRecord:
+        """Replace the record of the TPM's keys."""
+        with self._writing() as connection:
+            self._change(connection, instance, {"keys": dump_keys(keys)})
             return self._by_id(connection, instance)
 
     def acquire(self, instance: uuid.UUID, *, boot_id: str, revision: int | None = None) -> InstanceRecord:

@@ -197,6 +197,18 @@ def parse_public(tpmt_public: bytes) -> PublicArea:
     return PublicArea(AlgId(kind), name_alg, attributes, policy, scheme, curve, exponent, unique)
 
 
+def key_algorithm(tpmt_public: bytes) -> KeyAlgorithm | None:
+    """Return the kind of a key; None for one that this service does not name.
+
+    Raises:
+        InvalidArgumentError: PUBLIC_AREA_INVALID.
+    """
+    area = parse_public(tpmt_public)
+    if area.kind is AlgId.RSA:
+        return {256: KeyAlgorithm.RSA_2048, 384: KeyAlgorithm.RSA_3072}.get(len(area.unique[0]))
+    return {int(EccCurve.NIST_P256): KeyAlgorithm.ECC_P256, int(EccCurve.NIST_P384): KeyAlgorithm.ECC_P384}.get(area.curve)
+
+
 def public_key(tpmt_public: bytes) -> rsa.RSAPublicKey | ec.EllipticCurvePublicKey:
     """Return the key of a TPMT_PUBLIC.
 

@@ -1,7 +1,7 @@
 """The few commands that serve a running instance, built and parsed here (TPM 2.0 Library, Part 3).
 
-TPM2_Startup (9.3), TPM2_Shutdown (9.4), TPM2_HierarchyChangeAuth (24.8), TPM2_PCR_Extend (22.2), TPM2_PCR_Read (22.4) and
-TPM2_Quote (18.4).
+TPM2_Startup (9.3), TPM2_Shutdown (9.4), TPM2_ReadPublic (12.4), TPM2_HierarchyChangeAuth (24.8), TPM2_PCR_Extend (22.2),
+TPM2_PCR_Read (22.4) and TPM2_Quote (18.4).
 """
 
 from __future__ import annotations
@@ -45,6 +45,24 @@ def pcr_extend_command(pcr: int, digests: Mapping[PcrBank, bytes]) -> bytes:
     """Return TPM2_PCR_Extend with one digest for each bank."""
     values = b"".join(_U16.pack(bank.alg_id) + digest for bank, digest in digests.items())
     return build(CommandCode.PCR_Extend, _U32.pack(pcr) + EMPTY_PASSWORD + _U32.pack(len(digests)) + values, Tag.SESSIONS)
+
+
+def read_public_command(handle: int) -> bytes:
+    """Return TPM2_ReadPublic."""
+    return build(CommandCode.ReadPublic, _U32.pack(handle))
+
+
+def parse_read_public(response: bytes) -> bytes:
+    """Return the TPMT_PUBLIC of a successful TPM2_ReadPublic.
+
+    Raises:
+        InvalidArgumentError: RESPONSE_MALFORMED.
+    """
+    try:
+        public, _ = _sized(response, HEADER_SIZE)
+    except struct.error:
+        raise _malformed() from None
+    return public
 
 
 def pcr_read_command(selection: PcrSelection) -> bytes:

@@ -31,7 +31,7 @@ def reason_of(function: object, *args: object) -> str:
 
 def test_an_instance_is_shown_as_it_is() -> None:
     record = a_record("db", state=InstanceState.FAILED, failure=A_FAILURE, epoch=7, revision=42)
-    shown = convert.instance_to_proto(record, Path("/r/tpm.sock"), Path("/r/guest.sock"))
+    shown = convert.instance_to_proto(record, Path("/r/tpm.sock"), Path("/r/guest.sock"), Path("/r/control.sock"))
     assert (shown.id, shown.name, dict(shown.labels), shown.engine) == (str(record.id), "db", {"team": "web"}, "libtpms")
     assert (shown.state, shown.epoch, shown.etag) == (pb.FAILED, 7, "42")
     assert (shown.failure.reason, shown.failure.remedy) == ("WORKER_LOST", "vtpm instance reset web-1")
@@ -42,8 +42,11 @@ def test_an_instance_is_shown_as_it_is() -> None:
 
 
 def test_a_running_instance_names_its_sockets_and_keys() -> None:
-    shown = convert.instance_to_proto(a_record(state=InstanceState.ON), Path("/r/tpm.sock"), Path("/r/guest.sock"))
+    shown = convert.instance_to_proto(
+        a_record(state=InstanceState.ON), Path("/r/tpm.sock"), Path("/r/guest.sock"), Path("/r/control.sock")
+    )
     assert (shown.tpm_socket, shown.guest_socket) == ("/r/tpm.sock", "/r/guest.sock")
+    assert shown.control_socket == "/r/control.sock"
     assert not shown.HasField("failure")
     (key,) = shown.keys
     assert (key.role, key.algorithm, key.handle, key.tpmt_public) == (pb.AK, pb.ECC_P256, 0x81800003, AK_PUBLIC)

@@ -266,6 +266,7 @@ class Instance(_message.Message):
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     TPM_SOCKET_FIELD_NUMBER: _builtins.int
     GUEST_SOCKET_FIELD_NUMBER: _builtins.int
+    CONTROL_SOCKET_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """UUID, given by the service, never reused."""
@@ -280,6 +281,8 @@ class Instance(_message.Message):
     """Data socket of the swtpm protocol; it exists while ON. Its control twin is this path + `.ctrl`."""
     guest_socket: _builtins.str
     """gRPC socket on which TpmService speaks for this instance alone; it exists while ON."""
+    control_socket: _builtins.str
+    """Control socket of the swtpm protocol: what QEMU's chardev connects to. Always there; a connection powers the instance on."""
     epoch: _builtins.int
     """Ownership epoch: rises with every power on."""
     @_builtins.property
@@ -312,11 +315,12 @@ class Instance(_message.Message):
         update_time: _timestamp_pb2.Timestamp | None = ...,
         tpm_socket: _builtins.str = ...,
         guest_socket: _builtins.str = ...,
+        control_socket: _builtins.str = ...,
         epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "failure", b"failure", "profile", b"profile", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "engine", b"engine", "epoch", b"epoch", "etag", b"etag", "failure", b"failure", "guest_socket", b"guest_socket", "id", b"id", "keys", b"keys", "labels", b"labels", "name", b"name", "profile", b"profile", "state", b"state", "tpm_socket", b"tpm_socket", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["control_socket", b"control_socket", "create_time", b"create_time", "engine", b"engine", "epoch", b"epoch", "etag", b"etag", "failure", b"failure", "guest_socket", b"guest_socket", "id", b"id", "keys", b"keys", "labels", b"labels", "name", b"name", "profile", b"profile", "state", b"state", "tpm_socket", b"tpm_socket", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

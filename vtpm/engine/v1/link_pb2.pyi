@@ -32,6 +32,7 @@ class HostRequest(_message.Message):
     ATTACH_FIELD_NUMBER: _builtins.int
     KILL_FIELD_NUMBER: _builtins.int
     QUIT_FIELD_NUMBER: _builtins.int
+    CONNECT_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello: ...
@@ -43,6 +44,8 @@ class HostRequest(_message.Message):
     def kill(self) -> Global___Kill: ...
     @_builtins.property
     def quit(self) -> Global___Quit: ...
+    @_builtins.property
+    def connect(self) -> Global___Connect: ...
     def __init__(
         self,
         *,
@@ -52,12 +55,13 @@ class HostRequest(_message.Message):
         attach: Global___Attach | None = ...,
         kill: Global___Kill | None = ...,
         quit: Global___Quit | None = ...,
+        connect: Global___Connect | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "body", b"body", "hello", b"hello", "kill", b"kill", "quit", b"quit", "spawn", b"spawn"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "body", b"body", "connect", b"connect", "hello", b"hello", "kill", b"kill", "quit", b"quit", "spawn", b"spawn"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "body", b"body", "hello", b"hello", "id", b"id", "kill", b"kill", "quit", b"quit", "spawn", b"spawn"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "body", b"body", "connect", b"connect", "hello", b"hello", "id", b"id", "kill", b"kill", "quit", b"quit", "spawn", b"spawn"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["hello", "spawn", "attach", "kill", "quit"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["hello", "spawn", "attach", "kill", "quit", "connect"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -125,6 +129,7 @@ class HelloReply(_message.Message):
     ENGINE_VERSION_FIELD_NUMBER: _builtins.int
     MORE_FIELD_NUMBER: _builtins.int
     ENGINES_FIELD_NUMBER: _builtins.int
+    EXITED_FIELD_NUMBER: _builtins.int
     protocol: _builtins.int
     version: _builtins.str
     pid: _builtins.int
@@ -137,6 +142,10 @@ class HelloReply(_message.Message):
     def engines(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The engines whose workers this engine host can fork; none named: libtpms alone."""
 
+    @_builtins.property
+    def exited(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerExited]:
+        """Workers that ended while there was no daemon to be told."""
+
     def __init__(
         self,
         *,
@@ -147,10 +156,11 @@ class HelloReply(_message.Message):
         engine_version: _builtins.str = ...,
         more: _builtins.bool = ...,
         engines: _abc.Iterable[_builtins.str] | None = ...,
+        exited: _abc.Iterable[Global___WorkerExited] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine_version", b"engine_version", "engines", b"engines", "more", b"more", "pid", b"pid", "protocol", b"protocol", "version", b"version", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine_version", b"engine_version", "engines", b"engines", "exited", b"exited", "more", b"more", "pid", b"pid", "protocol", b"protocol", "version", b"version", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -228,9 +238,7 @@ Global___Spawn: _TypeAlias = Spawn  # noqa: Y015
 
 @_typing.final
 class Attach(_message.Message):
-    """Gives a running worker new operations and commit sockets (two descriptors): a new daemon takes over. The reply carries
-    one descriptor, the control listener, when the worker has listeners.
-    """
+    """Gives a running worker new operations and commit sockets (two descriptors): a new daemon takes over."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -248,6 +256,27 @@ class Attach(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Attach: _TypeAlias = Attach  # noqa: Y015
+
+@_typing.final
+class Connect(_message.Message):
+    """Gives a running worker a control connection of its VM (one descriptor), whose end is the VM's end."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INSTANCE_FIELD_NUMBER: _builtins.int
+    instance: _builtins.str
+    def __init__(
+        self,
+        *,
+        instance: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["instance", b"instance"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Connect: _TypeAlias = Connect  # noqa: Y015
 
 @_typing.final
 class Kill(_message.Message):
@@ -332,6 +361,7 @@ class WorkerRequest(_message.Message):
     SET_LOCALITY_FIELD_NUMBER: _builtins.int
     STOP_FIELD_NUMBER: _builtins.int
     GET_STATUS_FIELD_NUMBER: _builtins.int
+    GET_KEYS_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     @_builtins.property
     def manufacture(self) -> Global___Manufacture: ...
@@ -355,6 +385,8 @@ class WorkerRequest(_message.Message):
     def stop(self) -> Global___Stop: ...
     @_builtins.property
     def get_status(self) -> Global___GetStatus: ...
+    @_builtins.property
+    def get_keys(self) -> Global___GetKeys: ...
     def __init__(
         self,
         *,
@@ -370,12 +402,13 @@ class WorkerRequest(_message.Message):
         set_locality: Global___SetLocality | None = ...,
         stop: Global___Stop | None = ...,
         get_status: Global___GetStatus | None = ...,
+        get_keys: Global___GetKeys | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "execute", b"execute", "get_event_log", b"get_event_log", "get_status", b"get_status", "load", b"load", "manufacture", b"manufacture", "measure", b"measure", "quote", b"quote", "read_pcrs", b"read_pcrs", "reset", b"reset", "set_locality", b"set_locality", "stop", b"stop"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "execute", b"execute", "get_event_log", b"get_event_log", "get_keys", b"get_keys", "get_status", b"get_status", "load", b"load", "manufacture", b"manufacture", "measure", b"measure", "quote", b"quote", "read_pcrs", b"read_pcrs", "reset", b"reset", "set_locality", b"set_locality", "stop", b"stop"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "execute", b"execute", "get_event_log", b"get_event_log", "get_status", b"get_status", "id", b"id", "load", b"load", "manufacture", b"manufacture", "measure", b"measure", "quote", b"quote", "read_pcrs", b"read_pcrs", "reset", b"reset", "set_locality", b"set_locality", "stop", b"stop"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "execute", b"execute", "get_event_log", b"get_event_log", "get_keys", b"get_keys", "get_status", b"get_status", "id", b"id", "load", b"load", "manufacture", b"manufacture", "measure", b"measure", "quote", b"quote", "read_pcrs", b"read_pcrs", "reset", b"reset", "set_locality", b"set_locality", "stop", b"stop"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["manufacture", "load", "execute", "read_pcrs", "quote", "measure", "get_event_log", "reset", "set_locality", "stop", "get_status"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["manufacture", "load", "execute", "read_pcrs", "quote", "measure", "get_event_log", "reset", "set_locality", "stop", "get_status", "get_keys"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -395,7 +428,10 @@ class WorkerReply(_message.Message):
     EVENT_LOG_FIELD_NUMBER: _builtins.int
     DONE_FIELD_NUMBER: _builtins.int
     STATUS_FIELD_NUMBER: _builtins.int
+    KEYS_FIELD_NUMBER: _builtins.int
+    IMPORTED_FIELD_NUMBER: _builtins.int
     id: _builtins.int
+    """0: nobody asked; `imported` says what happened."""
     @_builtins.property
     def fault(self) -> Global___Fault: ...
     @_builtins.property
@@ -414,6 +450,12 @@ class WorkerReply(_message.Message):
     def done(self) -> Global___Done: ...
     @_builtins.property
     def status(self) -> Global___Status: ...
+    @_builtins.property
+    def keys(self) -> Global___Keys: ...
+    @_builtins.property
+    def imported(self) -> Global___Imported:
+        """The VM's side has put another TPM's state in the place of the instance's."""
+
     def __init__(
         self,
         *,
@@ -427,12 +469,14 @@ class WorkerReply(_message.Message):
         event_log: Global___EventLog | None = ...,
         done: Global___Done | None = ...,
         status: Global___Status | None = ...,
+        keys: Global___Keys | None = ...,
+        imported: Global___Imported | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "done", b"done", "event_log", b"event_log", "executed", b"executed", "fault", b"fault", "loaded", b"loaded", "manufactured", b"manufactured", "pcr_values", b"pcr_values", "quoted", b"quoted", "status", b"status"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "done", b"done", "event_log", b"event_log", "executed", b"executed", "fault", b"fault", "imported", b"imported", "keys", b"keys", "loaded", b"loaded", "manufactured", b"manufactured", "pcr_values", b"pcr_values", "quoted", b"quoted", "status", b"status"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "done", b"done", "event_log", b"event_log", "executed", b"executed", "fault", b"fault", "id", b"id", "loaded", b"loaded", "manufactured", b"manufactured", "pcr_values", b"pcr_values", "quoted", b"quoted", "status", b"status"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "done", b"done", "event_log", b"event_log", "executed", b"executed", "fault", b"fault", "id", b"id", "imported", b"imported", "keys", b"keys", "loaded", b"loaded", "manufactured", b"manufactured", "pcr_values", b"pcr_values", "quoted", b"quoted", "status", b"status"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["manufactured", "loaded", "executed", "pcr_values", "quoted", "event_log", "done", "status"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["manufactured", "loaded", "executed", "pcr_values", "quoted", "event_log", "done", "status", "keys", "imported"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -594,12 +638,18 @@ class Load(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     STARTUP_CLEAR_FIELD_NUMBER: _builtins.int
     COMMIT_TIMEOUT_MS_FIELD_NUMBER: _builtins.int
+    WITHOUT_INIT_FIELD_NUMBER: _builtins.int
+    AK_ALGORITHM_FIELD_NUMBER: _builtins.int
     data_key: _builtins.bytes
     sealed: _builtins.bytes
     epoch: _builtins.int
     """The epoch this worker owns; its commits carry it."""
     startup_clear: _builtins.bool
     commit_timeout_ms: _builtins.int
+    without_init: _builtins.bool
+    """Leave _TPM_Init to the VM's control channel."""
+    ak_algorithm: _builtins.str
+    """With `startup_clear`: the AK that is made if the TPM has none, as one that was imported."""
     @_builtins.property
     def place(self) -> Global___Place:
         """Where the sealed blob below stands."""
@@ -613,10 +663,12 @@ class Load(_message.Message):
         epoch: _builtins.int = ...,
         startup_clear: _builtins.bool = ...,
         commit_timeout_ms: _builtins.int = ...,
+        without_init: _builtins.bool = ...,
+        ak_algorithm: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["place", b"place"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["commit_timeout_ms", b"commit_timeout_ms", "data_key", b"data_key", "epoch", b"epoch", "place", b"place", "sealed", b"sealed", "startup_clear", b"startup_clear"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ak_algorithm", b"ak_algorithm", "commit_timeout_ms", b"commit_timeout_ms", "data_key", b"data_key", "epoch", b"epoch", "place", b"place", "sealed", b"sealed", "startup_clear", b"startup_clear", "without_init", b"without_init"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -636,6 +688,56 @@ class Loaded(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Loaded: _TypeAlias = Loaded  # noqa: Y015
+
+@_typing.final
+class GetKeys(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetKeys: _TypeAlias = GetKeys  # noqa: Y015
+
+@_typing.final
+class Keys(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEYS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def keys(self) -> _containers.RepeatedCompositeFieldContainer[Global___ManufacturedKey]: ...
+    def __init__(
+        self,
+        *,
+        keys: _abc.Iterable[Global___ManufacturedKey] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Keys: _TypeAlias = Keys  # noqa: Y015
+
+@_typing.final
+class Imported(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Imported: _TypeAlias = Imported  # noqa: Y015
 
 @_typing.final
 class Execute(_message.Message):
@@ -799,8 +901,11 @@ class Quoted(_message.Message):
     ATTEST_FIELD_NUMBER: _builtins.int
     SIGNATURE_FIELD_NUMBER: _builtins.int
     VALUES_FIELD_NUMBER: _builtins.int
+    AK_TPMT_PUBLIC_FIELD_NUMBER: _builtins.int
     attest: _builtins.bytes
     signature: _builtins.bytes
+    ak_tpmt_public: _builtins.bytes
+    """TPMT_PUBLIC of the key that signed."""
     @_builtins.property
     def values(self) -> _containers.RepeatedCompositeFieldContainer[Global___PcrValue]: ...
     def __init__(
@@ -809,10 +914,11 @@ class Quoted(_message.Message):
         attest: _builtins.bytes = ...,
         signature: _builtins.bytes = ...,
         values: _abc.Iterable[Global___PcrValue] | None = ...,
+        ak_tpmt_public: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attest", b"attest", "signature", b"signature", "values", b"values"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ak_tpmt_public", b"ak_tpmt_public", "attest", b"attest", "signature", b"signature", "values", b"values"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -970,8 +1076,11 @@ class Status(_message.Message):
     ORDINALS_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    ATTACHED_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     version: _builtins.int
+    attached: _builtins.bool
+    """A VM's control connection is open."""
     @_builtins.property
     def ordinals(self) -> _containers.RepeatedCompositeFieldContainer[Global___OrdinalCount]:
         """Commands the VM ran on the data channel since the last GetStatus, by ordinal."""
@@ -982,10 +1091,11 @@ class Status(_message.Message):
         ordinals: _abc.Iterable[Global___OrdinalCount] | None = ...,
         epoch: _builtins.int = ...,
         version: _builtins.int = ...,
+        attached: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "ordinals", b"ordinals", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attached", b"attached", "epoch", b"epoch", "ordinals", b"ordinals", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vtpm.wire.swtpm import ControlCommand, ControlReader
+from vtpm.tpm.ptm import ControlCommand, ControlReader
 
 Request = tuple[ControlCommand, bytes]
 

@@ -1,0 +1,145 @@
+"""The platform around a worker's TPM, as its VM's control channel sees it: power, states that are set, the H-CRTM event.
+
+Invariant 2: a volatile state that was set or kept is used by one INIT and forgotten before the first command runs.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from typing import Protocol
+
+from vtpm.engine.software import SoftwareTpm
+from vtpm.errors import EngineError
+from vtpm.tpm.ptm import BlobType, ControlCommand
+
+
+class Power(Protocol):
+    """What the platform asks of the worker."""
+
+    @property
+    def powered(self) -> bool:
+        """Whether the TPM is initialised."""
+
+    def turn_on(self, permanent: bytes, volatile: bytes | None = None) -> None:
+        """_TPM_Init."""
+
+    def turn_off(self) -> None:
+        """Take the power from the TPM."""
+
+    def end(self) -> None:
+        """Power off for good; does not return."""
+
+    def settle(self) -> None:
+        """Make durable what the TPM changed."""
+
+    def state_imported(self) -> None:
+        """Seal and commit the state that was set, and tell the daemon."""
+
+    def serve_vm(self, connection: socket.socket) -> bool:
+        """Serve the VM's data channel; False if there is one already."""
+
+    def before_next_command(self, action: Callable[[], None]) -> None:
+        """Call `action` once, before the next command runs, whoever sends it."""
+
+
+class VmPlatform:
+    """Implements vtpm.engine.control.Platform."""
+
+    def __init__(self, tpm: SoftwareTpm, power: Power) -> None:
+        self._tpm = tpm
+        self._power = power
+        self._set: dict[BlobType, bytes] = {}
+        self._kept: bytes | None = None
+
+    @property
+    def powered(self) -> bool:
+        """See Platform."""
+        return self._power.powered
+
+    def init(self, flags: int) -> None:
+        """See Platform. The states are used up, whatever `flags` says of a volatile state's file."""
+        before = self._tpm.permanent
+        imported = self._set.pop(BlobType.PERMANENT, None)
+        permanent = imported if imported is not None else before
+        volatile, self._kept = self._set.pop(BlobType.VOLATILE, self._kept), None
+        if permanent is None:
+            raise EngineError("STATE_MISSING", "there is no state to initialise the TPM with")
+        try:
+            self._power.turn_on(permanent, volatile)
+        except EngineError:
+            # Whatever was set, the instance keeps the state that it had.
+            self._power.turn_off()
+            self._tpm.permanent, self._tpm.dirty = before, False
+            raise
+        if imported is not None:
+            self._power.state_imported()
+        self._power.settle()
+
+    def halt(self) -> None:
+        """See Platform."""
+        self._power.turn_off()
+
+    def power_off(self) -> None:
+        """See Platform."""
+        self._power.end()
+
+    def set_locality(self, locality: int) -> None:
+        """See Platform."""
+        self._tpm.locality = locality
+
+    def hash_sequence(self, command: ControlCommand, data: bytes) -> int:
+        """See Platform."""
+        match command:
+            case ControlCommand.HASH_START:
+                result = self._tpm.hash_start()
+            case ControlCommand.HASH_DATA:
+                result = self._tpm.hash_data(data)
+            case _:
+                result = self._tpm.hash_end()
+        self._kept = None
+        self._power.settle()
+        return result
+
+    def established(self) -> bool:
+        """See Platform."""
+        return self._tpm.established()
+
+    def reset_established(self, locality: int) -> int:
+        """See Platform."""
+        before, self._tpm.locality = self._tpm.locality, locality
+        try:
+            return self._tpm.reset_established()
+        finally:
+            self._tpm.locality = before
+            self._power.settle()
+
+    def keep_volatile(self) -> None:
+        """See Platform."""
+        self._kept = self._tpm.volatile()
+        self._power.before_next_command(self._forget_kept)
+
+    def _forget_kept(self) -> None:
+        self._kept = None
+
+    def state(self, kind: BlobType) -> bytes | None:
+        """See Platform."""
+        return self._tpm.permanent if kind is BlobType.PERMANENT else self._tpm.volatile()
+
+    def set_state(self, kind: BlobType, state: bytes) -> None:
+        """See Platform."""
+        if kind is BlobType.PERMANENT:
+            self._tpm.check_permanent(state)
+        self._set[kind] = state
+
+    def serve_data(self, connection: socket.socket) -> bool:
+        """See Platform."""
+        return self._power.serve_vm(connection)
+
+    def buffer_size(self, wanted: int) -> tuple[int, int, int]:
+        """See Platform."""
+        return self._tpm.buffer_size(wanted)
+
+    def info(self, flags: int) -> bytes:
+        """See Platform."""
+        return self._tpm.info(flags)
