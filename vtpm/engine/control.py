@@ -192,7 +192,7 @@ class ControlChannel:
                 os.close(fd)
             return Result.BAD_PARAMETER
         connection = socket.socket(fileno=descriptors[0])
-        if connection.family != socket.AF_UNIX or connection.type != socket.SOCK_STREAM:
+        if connection.type != socket.SOCK_STREAM:
             connection.close()
             return Result.BAD_PARAMETER
         if not self._platform.serve_data(connection):
