@@ -83,7 +83,7 @@ class ControlChannel:
         fds = array.array("i")
         try:
             data, ancillary, _flags, _address = self._connection.recvmsg(
-                _RECEIVE_SIZE, socket.CMSG_SPACE(_MAX_DESCRIPTORS * fds.itemsize)
+                _RECEIVE_SIZE, socket.CMSG_SPACE(_MAX_DESCRIPTORS * fds.itemsize), socket.MSG_DONTWAIT
             )
         except BlockingIOError:
             return True

@@ -15,12 +15,12 @@ from typing import Final
 import structlog
 
 from vtpm.engine.committer import Committer
+from vtpm.engine.exits import EXIT_COMMIT_REFUSED, EXIT_COMMIT_TIMEOUT, EXIT_POWERED_OFF, EXIT_STOPPED
 from vtpm.engine.host import PROTOCOL
 from vtpm.engine.interface import Adopted, EngineEvents, Loss, Manufactured, PowerOn, Recovered
 from vtpm.engine.link import HostLink, WorkerLink
 from vtpm.engine.software import LIBTPMS
 from vtpm.engine.v1 import link_pb2 as pb
-from vtpm.engine.worker import EXIT_COMMIT_REFUSED, EXIT_COMMIT_TIMEOUT, EXIT_POWERED_OFF, EXIT_STOPPED
 from vtpm.errors import EngineError, ErrorKind, VtpmError
 from vtpm.store.model import KeyRecord, ProfileRecord
 

@@ -1,0 +1,133 @@
+"""A worker's permanent state, sealed and made durable by the daemon before anything that it changed is answered.
+
+Invariant 1: `commit` returns after the acknowledgement, or the worker ends without an answer. Invariant 4: sealing is done
+here, where the plaintext is; nothing else on the host ever holds it.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import time
+import uuid
+from typing import TYPE_CHECKING, Final
+
+from vtpm.engine.exits import EXIT_COMMIT_REFUSED, EXIT_COMMIT_TIMEOUT, Exit
+from vtpm.engine.framing import FrameReader, frame
+from vtpm.engine.v1 import link_pb2 as pb
+from vtpm.seal.envelope import Place, StateKind, seal, unseal
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vtpm.engine.software import SoftwareTpm
+
+# As long as a disk takes to sync.
+_SYNC_NS: Final = 250_000
+
+
+class DurableState:
+    """The line to the commit thread of whatever daemon there is; `await_daemon` waits for the next one, until a deadline."""
+
+    def __init__(self, tpm: SoftwareTpm, commits: socket.socket, await_daemon: Callable[[float], None]) -> None:
+        self._tpm = tpm
+        self._commits = commits
+        self._await_daemon = await_daemon
+        self.instance = uuid.UUID(int=0)
+        self.epoch = 0
+        self.version = 0
+        self._data_key = b""
+        self._timeout_s = 60.0
+        # Whether the last commit shared its sync with nobody.
+        self._alone = False
+
+    def seal_first(self, order: pb.Manufacture) -> bytes:
+        """Return the envelope of a TPM that was just manufactured, at epoch 0 and version 1."""
+        assert self._tpm.permanent is not None
+        self.instance = uuid.UUID(bytes=order.instance)
+        self._tpm.dirty = False
+        return seal(order.data_key, Place(self.instance, StateKind.PERMANENT, 0, 1), self._tpm.permanent)
+
+    def open(self, order: pb.Load) -> bytes:
+        """Unseal the state that the order brings; commits go on from there, under the epoch that this worker owns.
+
+        Raises:
+            SealedStateError: it is damaged, or another's.
+        """
+        self.instance = uuid.UUID(bytes=order.place.instance)
+        place = Place(self.instance, StateKind.PERMANENT, order.place.epoch, order.place.version)
+        permanent = unseal(order.data_key, place, order.sealed)
+        self._data_key = order.data_key
+        self.epoch, self.version = order.epoch, order.place.version
+        self._timeout_s = order.commit_timeout_ms / 1000
+        return permanent
+
+    def settle(self) -> None:
+        """Commit if the TPM has changed; a TPM that is just being manufactured has nowhere to commit to."""
+        if self._tpm.dirty and self._data_key:
+            self.commit()
+
+    def commit(self) -> None:
+        """Seal the permanent state and have it made durable."""
+        tpm = self._tpm
+        assert tpm.permanent is not None
+        self.version += 1
+        place = Place(self.instance, StateKind.PERMANENT, self.epoch, self.version)
+        sealed = seal(self._data_key, place, tpm.permanent)
+        tpm.dirty = False
+        message = frame(pb.Commit(epoch=self.epoch, version=self.version, sealed=sealed).SerializeToString())
+        deadline = time.monotonic() + self._timeout_s
+        while not self._try_commit(message, deadline):
+            # The daemon is gone. The next one brings new sockets and takes the same commit again.
+            self._await_daemon(deadline)
+
+    def use(self, commits: socket.socket) -> None:
+        """Go on with another daemon's socket."""
+        self._commits.close()
+        self._commits = commits
+
+    def _try_commit(self, message: bytes, deadline: float) -> bool:
+        reader = FrameReader()
+        try:
+            self._commits.sendall(message)
+            while True:
+                data = self._receive_soon() if self._alone else None
+                if data is None:
+                    await_readable(self._commits, deadline)
+                    data = self._commits.recv(4096)
+                if not data:
+                    return False
+                for reply in reader.feed(data):
+                    ack = pb.CommitAck.FromString(reply)
+                    if ack.refused:
+                        # Somebody else owns this instance now (invariant 3), or the store is not what we left.
+                        raise Exit(EXIT_COMMIT_REFUSED)
+                    if ack.version == self.version:
+                        self._alone = ack.batch_size == 1
+                        return True
+        except OSError:
+            return False
+
+    def _receive_soon(self) -> bytes | None:
+        """Ask again and again for as long as a disk takes to sync; None if nothing came.
+
+        A guest waits for exactly this answer, and to wake a core that has gone to sleep takes a good part of such a time. With
+        others committing too, the core is better left to them.
+        """
+        end = time.perf_counter_ns() + _SYNC_NS
+        while time.perf_counter_ns() < end:
+            try:
+                return self._commits.recv(4096, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                # Whoever else wants this core comes first, the commit thread among them.
+                os.sched_yield()
+        return None
+
+
+def await_readable(sock: socket.socket, deadline: float) -> None:
+    """Wait for `sock` until `deadline` (time.monotonic); then the worker ends."""
+    poller = select.poll()
+    poller.register(sock, select.POLLIN)
+    if not poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
+        raise Exit(EXIT_COMMIT_TIMEOUT)

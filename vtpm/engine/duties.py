@@ -1,0 +1,229 @@
+"""What the daemon asks of a worker: manufacture, load, commands, quotes, measurements; each between two guest commands."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, Protocol
+
+from vtpm.engine.exits import EXIT_STOPPED, Exit
+from vtpm.engine.stats import UNKNOWN_ORDINAL
+from vtpm.engine.v1 import link_pb2 as pb
+from vtpm.errors import FailedPreconditionError, InvalidArgumentError, TpmError, VtpmError
+from vtpm.tpm.command import HEADER, HEADER_SIZE, MAX_COMMAND_SIZE
+from vtpm.tpm.eventlog import event2, spec_id_header
+from vtpm.tpm.keys import KeyAlgorithm
+from vtpm.tpm.pcr import PcrBank, PcrSelection
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from vtpm.engine.channels import DataChannels
+    from vtpm.engine.durable import DurableState
+    from vtpm.engine.operations import ManufacturedKey, Operations
+    from vtpm.engine.software import SoftwareTpm
+
+MAX_EVENT_LOG_SIZE: Final = 256 << 10
+_NEED_POWER: Final = frozenset(("read_pcrs", "quote", "measure", "get_event_log", "get_keys"))
+_RUN_COMMANDS: Final = _NEED_POWER | {"execute"}
+
+
+class Power(Protocol):
+    """What the duties ask of the worker's loop."""
+
+    @property
+    def attached(self) -> bool:
+        """Whether a VM's control connection is open."""
+
+    def turn_on(self, permanent: bytes) -> None:
+        """_TPM_Init."""
+
+    def start_up(self, ak_algorithm: KeyAlgorithm | None) -> None:
+        """What firmware does after that."""
+
+    def shut_down(self) -> None:
+        """TPM2_Shutdown, by who sent TPM2_Startup."""
+
+    def listen(self) -> None:
+        """Begin to serve the VM's sockets."""
+
+
+class Duties:
+    """Serves one request after the other."""
+
+    def __init__(
+        self, tpm: SoftwareTpm, operations: Operations, durable: DurableState, channels: DataChannels, power: Power
+    ) -> None:
+        self._tpm = tpm
+        self._operations = operations
+        self._durable = durable
+        self._channels = channels
+        self._power = power
+        self._events = bytearray()
+        self._requests: dict[str, Callable[[pb.WorkerRequest, pb.WorkerReply], None]] = {
+            "manufacture": self._manufacture,
+            "load": self._load,
+            "execute": self._execute,
+            "read_pcrs": self._read_pcrs,
+            "quote": self._quote,
+            "measure": self._measure,
+            "get_event_log": self._get_event_log,
+            "reset": self._reset,
+            "set_locality": self._set_locality,
+            "get_status": self._get_status,
+            "get_keys": self._get_keys,
+            "stop": self._stop,
+        }
+
+    def forget(self) -> None:
+        """Forget what was measured; PCRs are fresh after each power on."""
+        self._operations.forget()
+        self._events.clear()
+
+    def serve(self, message: bytes) -> tuple[bytes, int | None]:
+        """Serve one request; return the reply, and the exit status if it was the last."""
+        request = pb.WorkerRequest.FromString(message)
+        reply = pb.WorkerReply(id=request.id)
+        kind = request.WhichOneof("body") or ""
+        last: int | None = None
+        try:
+            if kind in _NEED_POWER:
+                self._check_powered()
+            if kind in _RUN_COMMANDS:
+                self._channels.run_before_next()
+            self._requests[kind](request, reply)
+        except Exit as end:
+            if end.status != EXIT_STOPPED:
+                raise
+            last = end.status
+        except VtpmError as error:
+            reply = pb.WorkerReply(id=request.id, fault=_fault(error))
+        except (KeyError, ValueError) as error:
+            fault = pb.Fault(kind="INTERNAL", reason="WORKER_REQUEST_INVALID", message=type(error).__name__)
+            reply = pb.WorkerReply(id=request.id, fault=fault)
+        # Also when the operation failed half-way: what the TPM did is done.
+        self._durable.settle()
+        return reply.SerializeToString(), last
+
+    def _check_powered(self) -> None:
+        if not self._channels.powered:
+            raise FailedPreconditionError(
+                "TPM_NOT_POWERED", "the VM has not initialised its TPM yet, or has stopped it", remedy="wait until the VM boots"
+            )
+
+    # ---- life ------------------------------------------------------------------------------------------------------------
+
+    def _manufacture(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:
+        from vtpm.engine.operations import manufacture
+
+        order = request.manufacture
+        keys = manufacture(
+            self._tpm,
+            self._operations,
+            [KeyAlgorithm(name) for name in order.ek_algorithms],
+            KeyAlgorithm(order.ak_algorithm),
+            [PcrBank.from_name(name) for name in order.pcr_banks],
+        )
+        reply.manufactured.sealed = self._durable.seal_first(order)
+        _add_keys(reply.manufactured, keys)
+
+    def _load(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:
+        order = request.load
+        permanent = self._durable.open(order)
+        reply.loaded.SetInParent()
+        if order.without_init:
+            self._tpm.permanent = permanent
+        else:
+            self._power.turn_on(permanent)
+            if order.startup_clear:
+                self._power.start_up(KeyAlgorithm(order.ak_algorithm) if order.ak_algorithm else None)
+        self._power.listen()
+
+    def _reset(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:
+        assert self._tpm.permanent is not None
+        self._power.turn_on(self._tpm.permanent)
+        if request.reset.startup_clear:
+            self._power.start_up(None)
+        reply.done.SetInParent()
+
+    def _stop(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:
+        self._power.shut_down()
+        reply.done.SetInParent()
+        raise Exit(EXIT_STOPPED)
+
+    def _get_status(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:
+        reply.status.epoch, reply.status.version = self._durable.epoch, self._durable.version
+        reply.status.attached = self._power.attached
+        self._channels.stats.drain(reply.status)
+
+    # ---- the TPM ---------------------------------------------------------------------------------------------------------
+
+    def _execute(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:
+        command, tpm = request.execute.command, self._tpm
+        if len(command) > MAX_COMMAND_SIZE:
+            raise InvalidArgumentError("COMMAND_TOO_LARGE", f"a command has at most {MAX_COMMAND_SIZE} bytes")
+        guest_locality, tpm.locality = tpm.locality, request.execute.locality
+        try:
+            tpm.command[: len(command)] = command
+            ordinal = HEADER.unpack_from(command)[2] if len(command) >= HEADER_SIZE else UNKNOWN_ORDINAL
+            reply.executed.response = bytes(self._channels.execute(len(command), ordinal))
+        finally:
+            tpm.locality = guest_locality
+
+    def _set_locality(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:
+        self._tpm.locality = request.set_locality.locality
+        reply.done.SetInParent()
+
+    def _get_keys(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:
+        reply.keys.SetInParent()
+        _add_keys(reply.keys, self._operations.keys())
+
+    def _read_pcrs(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:
+        counter, values = self._operations.read_pcrs(_selections(request.read_pcrs.selections))
+        reply.pcr_values.update_counter = counter
+        for bank, index, digest in values:
+            reply.pcr_values.values.add(hash_alg=bank.alg_id, index=index, digest=digest)
+
+    def _quote(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:
+        selections = _selections(request.quote.selections)
+        # No guest command can run in between: these are the values that get signed.
+        _, values = self._operations.read_pcrs(selections)
+        reply.quoted.attest, reply.quoted.signature = self._operations.quote(selections, request.quote.nonce)
+        reply.quoted.ak_tpmt_public = self._operations.ak_public()
+        for bank, index, digest in values:
+            reply.quoted.values.add(hash_alg=bank.alg_id, index=index, digest=digest)
+
+    def _measure(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:
+        order = request.measure
+        banks = self._operations.banks()
+        if len(self._events) + len(order.event_data) + 512 > MAX_EVENT_LOG_SIZE:
+            raise FailedPreconditionError(
+                "EVENT_LOG_FULL", "the instance's event log is full; nothing was extended", remedy="reset the instance"
+            )
+        digests = self._operations.extend(order.pcr, order.data)
+        if not self._events:
+            self._events += spec_id_header(banks)
+        self._events += event2(order.pcr, order.event_type, digests, order.event_data)
+        _, values = self._operations.read_pcrs([PcrSelection(bank, (order.pcr,)) for bank in banks])
+        for bank, index, digest in values:
+            reply.pcr_values.values.add(hash_alg=bank.alg_id, index=index, digest=digest)
+
+    def _get_event_log(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:
+        reply.event_log.event_log = bytes(self._events) or spec_id_header(self._operations.banks())
+
+
+def _add_keys(reply: pb.Keys | pb.Manufactured, keys: Iterable[ManufacturedKey]) -> None:
+    for key in keys:
+        reply.keys.add(role=key.role, algorithm=key.algorithm.value, handle=key.handle, tpmt_public=key.tpmt_public)
+
+
+def _selections(selections: Iterable[pb.Selection]) -> tuple[PcrSelection, ...]:
+    return tuple(PcrSelection(PcrBank.from_alg(item.hash_alg), tuple(item.indices)) for item in selections)
+
+
+def _fault(error: VtpmError) -> pb.Fault:
+    return pb.Fault(
+        kind=error.kind.value,
+        reason=error.reason,
+        message=error.message,
+        remedy=error.remedy,
+        tpm_rc=error.rc if isinstance(error, TpmError) else 0,
+    )

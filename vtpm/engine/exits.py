@@ -1,0 +1,19 @@
+"""How a worker ends: exit statuses, and the exception that carries one to the end of its loop."""
+
+from __future__ import annotations
+
+from typing import Final
+
+EXIT_STOPPED: Final = 0
+EXIT_COMMIT_REFUSED: Final = 81
+EXIT_COMMIT_TIMEOUT: Final = 82
+EXIT_TPM_FAILED: Final = 83
+# The VM has ended, as its control channel says.
+EXIT_POWERED_OFF: Final = 84
+
+
+class Exit(BaseException):
+    """Ends the worker with an exit status; never caught on the way."""
+
+    def __init__(self, status: int) -> None:
+        self.status = status
