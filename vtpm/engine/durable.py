@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 # As long as a disk takes to sync.
 _SYNC_NS: Final = 250_000
+_COMMITS_ASLEEP: Final = 200
 
 
 class DurableState:
@@ -39,8 +40,9 @@ class DurableState:
         self.version = 0
         self._data_key = b""
         self._timeout_s = 60.0
-        # Whether the last commit shared its sync with nobody.
+        # Whether the last commit shared its sync with nobody, and for how many more the worker waits asleep.
         self._alone = False
+        self._asleep = 0
 
     def seal_first(self, order: pb.Manufacture) -> bytes:
         """Return the envelope of a TPM that was just manufactured, at epoch 0 and version 1."""
@@ -92,7 +94,7 @@ class DurableState:
         try:
             self._commits.sendall(message)
             while True:
-                data = self._receive_soon() if self._alone else None
+                data = self._receive_soon()
                 if data is None:
                     await_readable(self._commits, deadline)
                     data = self._commits.recv(4096)
@@ -113,8 +115,12 @@ class DurableState:
         """Ask again and again for as long as a disk takes to sync; None if nothing came.
 
         A guest waits for exactly this answer, and to wake a core that has gone to sleep takes a good part of such a time. With
-        others committing too, the core is better left to them.
+        others committing too, or others that want the core, it is better left to them: then the answer does not come so soon,
+        and for a while nobody waits awake.
         """
+        if not self._alone or self._asleep:
+            self._asleep = max(0, self._asleep - 1)
+            return None
         end = time.perf_counter_ns() + _SYNC_NS
         while time.perf_counter_ns() < end:
             try:
@@ -122,6 +128,7 @@ class DurableState:
             except BlockingIOError:
                 # Whoever else wants this core comes first, the commit thread among them.
                 os.sched_yield()
+        self._asleep = _COMMITS_ASLEEP
         return None
 
 
