@@ -5,6 +5,7 @@ docs/configuration.md is made from this model.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import tomllib
 from collections.abc import Mapping
@@ -20,6 +21,9 @@ from vtpm.errors import ConfigError
 _MAX_SOCKET_PATH: Final = 107
 _LONGEST_SOCKET: Final = len("/instances/") + 36 + len("/tpm.sock.ctrl")
 _MAX_FILE_SIZE: Final = 1 << 20
+# The last number means "any" (vsock(7)), for ports and for CIDs.
+_MAX_VSOCK: Final = (1 << 32) - 2
+_MAX_MSSIM_PORT: Final = 65534
 
 
 def _is_root() -> bool:
@@ -97,6 +101,22 @@ class Settings(BaseSettings):
         default="", description="OTLP/gRPC endpoint for traces of gRPC calls, such as `http://127.0.0.1:4317`; empty: none."
     )
     socket_group: str = Field(default="", description="Group that may use the operators' socket besides the daemon's user.")
+    mssim_ports: dict[str, int] = Field(
+        default_factory=dict,
+        description="TPM simulator ports (mssim protocol): instance name or id to command port; the platform port is the next "
+        "one. The protocol has no authentication: whoever reaches the ports has that TPM. JSON in a flag or variable.",
+    )
+    mssim_address: str = Field(default="127.0.0.1", description="IP address that `mssim_ports` are on.")
+    mssim_allow_remote: bool = Field(
+        default=False, description="Allow an `mssim_address` that is not loopback, and with it other hosts."
+    )
+    vsock_port: int = Field(
+        default=0, ge=0, le=_MAX_VSOCK, description="AF_VSOCK port for the gRPC calls of VMs and paravisors; 0: none."
+    )
+    vsock_cids: dict[int, str] = Field(
+        default_factory=dict,
+        description="Whose calls on `vsock_port` go where: CID of the VM to instance name or id. JSON in a flag or variable.",
+    )
 
     @classmethod
     def settings_customise_sources(
@@ -115,12 +135,46 @@ class Settings(BaseSettings):
     def _absolute(cls, value: Path) -> Path:
         return Path(os.path.abspath(value.expanduser()))  # noqa: PTH100  # resolve() would follow links
 
+    @field_validator("mssim_ports", mode="after")
+    @classmethod
+    def _port_pairs(cls, value: dict[str, int]) -> dict[str, int]:
+        owners: dict[int, str] = {}
+        for ref, command_port in value.items():
+            if not ref or not 1 <= command_port <= _MAX_MSSIM_PORT:
+                raise ValueError(f"{ref!r}: the command port is 1 to {_MAX_MSSIM_PORT}, for an instance's name or id")
+            for port in (command_port, command_port + 1):
+                if port in owners:
+                    raise ValueError(
+                        f"{owners[port]!r} and {ref!r} both have port {port}: each has its command port and the next"
+                    )
+                owners[port] = ref
+        return value
+
+    @field_validator("mssim_address", mode="after")
+    @classmethod
+    def _ip_address(cls, value: str) -> str:
+        return str(ipaddress.ip_address(value))
+
+    @field_validator("vsock_cids", mode="after")
+    @classmethod
+    def _one_vm_each(cls, value: dict[int, str]) -> dict[int, str]:
+        if any(not 0 <= cid <= _MAX_VSOCK for cid in value) or "" in value.values():
+            raise ValueError(f"a CID is 0 to {_MAX_VSOCK}, and has an instance's name or id")
+        if len(set(value.values())) < len(value):
+            raise ValueError("an instance is the TPM of one VM: no two CIDs may have the same")
+        return value
+
     @model_validator(mode="after")
     def _check(self) -> Settings:
         longest = len(os.fsencode(self.runtime_dir)) + _LONGEST_SOCKET
         if longest > _MAX_SOCKET_PATH:
             room = _MAX_SOCKET_PATH - _LONGEST_SOCKET
             raise ValueError(f"runtime_dir: the path is too long for sockets under it; at most {room} bytes, such as /run/vtpm")
+        if not self.mssim_allow_remote and not ipaddress.ip_address(self.mssim_address).is_loopback:
+            raise ValueError(
+                f"mssim_address: {self.mssim_address} is not a loopback address, and the protocol has no authentication; "
+                "to have it so all the same, set mssim_allow_remote = true"
+            )
         if not self.store_url:
             object.__setattr__(self, "store_url", f"sqlite:///{self.state_dir / 'vtpm.db'}")
         return self
@@ -153,15 +207,26 @@ class Settings(BaseSettings):
             raise ConfigError("CONFIG_INVALID", str(error).splitlines()[0], subject="environment") from None
 
 
+# Settings that are tables, each with an example of the JSON that a flag takes.
+_TABLES: Final = {
+    "key_provider_options": '{"path": "…"}',
+    "mssim_ports": '{"vm-a": 2321}',
+    "vsock_cids": '{"3": "vm-a"}',
+}
+
+
 def _from_text(name: str, value: object) -> object:
-    if name == "key_provider_options" and isinstance(value, str):
+    if name in _TABLES and isinstance(value, str):
         import json
 
         try:
             return json.loads(value)
         except ValueError:
             raise ConfigError(
-                "CONFIG_INVALID", "the value is no JSON object", subject="--key-provider-options", remedy='write {"path": "…"}'
+                "CONFIG_INVALID",
+                "the value is no JSON object",
+                subject=f"--{name.replace('_', '-')}",
+                remedy=f"write {_TABLES[name]}",
             ) from None
     return value
 

@@ -38,7 +38,9 @@ from vtpm.log import configure
 from vtpm.metrics import Metrics
 from vtpm.seal.keys import load_key_provider
 from vtpm.store.store import Store
+from vtpm.wire.mssim import MssimServers
 from vtpm.wire.swtpm import ControlSockets
+from vtpm.wire.vsock import Relay, VsockServer
 
 log: Final = structlog.get_logger("vtpm.daemon")
 
@@ -113,6 +115,13 @@ class Daemon:
             manager.subscribe(control.on_change)
             await control.start()
             stack.push_async_callback(control.close)
+            mssim = MssimServers(manager, settings.mssim_address, settings.mssim_ports)
+            mssim.start()
+            stack.push_async_callback(mssim.close, settings.drain_timeout_s)
+            if settings.vsock_port:
+                vsock = VsockServer(Relay(manager, settings.vsock_cids), settings.vsock_port)
+                vsock.start()
+                stack.push_async_callback(vsock.close)
             api = ApiServer(manager, settings, metrics)
             await api.start()
             stack.push_async_callback(api.stop)

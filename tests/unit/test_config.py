@@ -105,6 +105,22 @@ def test_options_of_a_key_provider_come_as_a_table_or_as_json(config_file: Path,
     assert load(config_file).key_provider_options == wanted
 
 
+def test_simulator_ports_and_vsock_cids_come_as_tables_or_as_json(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ports, cids = {"vm-a": 2321, "vm-b": 2323}, {3: "vm-a", 4: "vm-b"}
+    by_file = load(config_file, "[mssim_ports]\nvm-a = 2321\nvm-b = 2323\n[vsock_cids]\n3 = 'vm-a'\n4 = 'vm-b'")
+    by_flag = load(config_file, mssim_ports='{"vm-a": 2321, "vm-b": 2323}', vsock_cids='{"3": "vm-a", "4": "vm-b"}')
+    monkeypatch.setenv("VTPM_MSSIM_PORTS", '{"vm-a": 2321, "vm-b": 2323}')
+    monkeypatch.setenv("VTPM_VSOCK_CIDS", '{"3": "vm-a", "4": "vm-b"}')
+    for loaded in (by_file, by_flag, load(config_file)):
+        assert (loaded.mssim_ports, loaded.vsock_cids) == (ports, cids)
+
+
+def test_nothing_listens_beyond_unix_sockets_unless_it_is_set(config_file: Path) -> None:
+    settings = load(config_file)
+    assert (settings.mssim_ports, settings.mssim_address, settings.mssim_allow_remote) == ({}, "127.0.0.1", False)
+    assert (settings.vsock_port, settings.vsock_cids) == (0, {})
+
+
 def test_a_store_that_is_named_is_used(config_file: Path) -> None:
     assert load(config_file, store_url="sqlite:////srv/vtpm.db").store_url == "sqlite:////srv/vtpm.db"
 
@@ -178,6 +194,8 @@ def test_the_file_at_home_is_read_though_nobody_names_it(unprivileged_home: Path
         ("log_format", "xml"),
         ("log_level", "INFO"),
         ("default_engine", "swtpm"),
+        ("vsock_port", "-1"),
+        ("vsock_port", "4294967295"),
     ],
 )
 def test_a_value_out_of_bounds_is_named_with_where_it_is(
@@ -190,6 +208,52 @@ def test_a_value_out_of_bounds_is_named_with_where_it_is(
     assert by_flag.message.startswith(f"--{name.replace('_', '-')}: ")
     assert by_file.message.startswith(f"{config_file}: {name}: ")
     assert by_environment.message.startswith(f"VTPM_{name.upper()}: ")
+
+
+@pytest.mark.parametrize(
+    ("value", "named"),
+    [
+        ('{"vm-a": 0}', "'vm-a'"),
+        ('{"vm-a": 65535}', "65534"),
+        ('{"vm-a": -1}', "'vm-a'"),
+        ('{"": 2321}', "''"),
+        ('{"vm-a": 2321, "vm-b": 2321}', "'vm-a' and 'vm-b' both have port 2321"),
+        ('{"vm-a": 2321, "vm-b": 2322}', "'vm-a' and 'vm-b' both have port 2322"),
+        ('{"vm-a": 2322, "vm-b": 2321}', "'vm-a' and 'vm-b' both have port 2322"),
+        ('{"vm-a": "many"}', "integer"),
+        ("2321", "dictionary"),
+    ],
+)
+def test_simulator_ports_are_pairs_that_do_not_meet(config_file: Path, value: str, named: str) -> None:
+    refused = refusal(config_file, mssim_ports=value)
+    assert refused.message.startswith("--mssim-ports: ")
+    assert named in refused.message
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0", "192.0.2.1", "::", "2001:db8::1"])
+def test_simulator_ports_stay_on_this_host_unless_that_is_said(config_file: Path, address: str) -> None:
+    refused = refusal(config_file, mssim_address=address)
+    assert "mssim_address: " in refused.message
+    assert "mssim_allow_remote" in refused.message
+    assert load(config_file, mssim_address=address, mssim_allow_remote="true").mssim_address == address
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "127.1.2.3", "::1"])
+def test_loopback_addresses_of_simulator_ports_need_no_leave(config_file: Path, address: str) -> None:
+    assert load(config_file, mssim_address=address).mssim_address == address
+
+
+@pytest.mark.parametrize("address", ["localhost", "", "127.0.0.1:2321", "127.1"])
+def test_what_is_no_ip_address_is_refused(config_file: Path, address: str) -> None:
+    assert refusal(config_file, mssim_address=address).message.startswith("--mssim-address: ")
+
+
+@pytest.mark.parametrize(
+    "value", ['{"-1": "a"}', '{"4294967295": "a"}', '{"three": "a"}', '{"3": ""}', '{"3": "a", "4": "a"}', '{"3": 4}', "{"]
+)
+def test_each_cid_is_a_number_with_an_instance_of_its_own(config_file: Path, value: str) -> None:
+    refused = refusal(config_file, vsock_cids=value)
+    assert "--vsock-cids" in f"{refused.subject} {refused.message}"
 
 
 def test_each_mistake_has_a_line(config_file: Path) -> None:

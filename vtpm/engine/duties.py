@@ -33,6 +33,10 @@ class Power(Protocol):
     def attached(self) -> bool:
         """Whether a VM's control connection is open."""
 
+    @property
+    def imported(self) -> bool:
+        """Whether a state was set by the VM's side."""
+
     def turn_on(self, permanent: bytes) -> None:
         """_TPM_Init."""
 
@@ -152,6 +156,7 @@ class Duties:
     def _get_status(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:
         reply.status.epoch, reply.status.version = self._durable.epoch, self._durable.version
         reply.status.attached = self._power.attached
+        reply.status.imported = self._power.imported
         self._channels.stats.drain(reply.status)
 
     # ---- the TPM ---------------------------------------------------------------------------------------------------------

@@ -188,8 +188,11 @@ class Operations:
 
     def ensure_ak(self, algorithm: KeyAlgorithm) -> None:
         """Make the AK if there is none: the TPM of another program was imported. Platform auth is still empty."""
-        if not any(key.role == "AK" for key in self.keys()):
+        rc = response_code(self._tcti.run(read_public_command(AK_HANDLE)))
+        if rc & _RC_FORMAT_ONE_MASK == _RC_HANDLE:
             self._make_ak(algorithm)
+        elif rc:
+            raise _tpm_error("TPM2_ReadPublic", rc)
 
     def extend(self, pcr: int, data: bytes) -> dict[PcrBank, bytes]:
         """Extend `pcr` with the digest of `data` in every allocated bank (TPM2_PCR_Extend); return the digests."""

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 # CPython 3.11 specialises a function after eight calls.
 _TURNS: Final = 16
+# CMD_STOP, CMD_SET_BUFFERSIZE, CMD_INIT.
+_RESET: Final = (bytes.fromhex("0000000e"), bytes.fromhex("0000001100000000"), bytes.fromhex("0000000200000000"))
 
 
 def rehearse(tpm: SoftwareTpm, operations: Operations) -> None:
@@ -37,7 +39,8 @@ def rehearse(tpm: SoftwareTpm, operations: Operations) -> None:
     ops, ops_end = socket.socketpair()
     commits, commits_end = socket.socketpair()
     data, data_end = socket.socketpair()
-    sockets = (host, _host_end, ops, ops_end, commits, commits_end, data, data_end)
+    control, control_end = socket.socketpair()
+    sockets = (host, _host_end, ops, ops_end, commits, commits_end, data, data_end, control, control_end)
     try:
         worker = Worker(tpm, operations, host=host, operations_socket=ops, commits=commits, listeners=[])
         instance, key = uuid.uuid4().bytes, os.urandom(32)
@@ -50,6 +53,7 @@ def rehearse(tpm: SoftwareTpm, operations: Operations) -> None:
             commits_end.sendall(frame(pb.CommitAck(version=version).SerializeToString()))
         place = pb.Place(instance=instance, epoch=0, version=1)
         load = pb.Load(data_key=key, place=place, sealed=made.sealed, epoch=1, startup_clear=True, commit_timeout_ms=5000)
+        load.ak_algorithm = "ECC_P256"
         _ask(worker, ops_end, pb.WorkerRequest(load=load))
         data.setblocking(False)
         serve = worker.rehearse_connection(data)
@@ -64,6 +68,14 @@ def rehearse(tpm: SoftwareTpm, operations: Operations) -> None:
             _ask(worker, ops_end, pb.WorkerRequest(quote=pb.Quote(selections=selections, nonce=b"rehearsal")))
             _ask(worker, ops_end, pb.WorkerRequest(measure=pb.Measure(pcr=16, data=b"rehearsal", event_type=6)))
             _ask(worker, ops_end, pb.WorkerRequest(get_status=pb.GetStatus()))
+            _ask(worker, ops_end, pb.WorkerRequest(get_keys=pb.GetKeys()))
+        worker.rehearse_control(control)
+        for _ in range(_TURNS):
+            # A reset as QEMU asks for it.
+            for request in _RESET:
+                control_end.sendall(request)
+                worker.rehearse_turn()
+                control_end.recv(64)
         worker.end_rehearsal()
     finally:
         for sock in sockets:

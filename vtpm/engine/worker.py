@@ -68,6 +68,7 @@ class Worker:
         self._controls: dict[int, ControlChannel] = {}
         self._platform = VmPlatform(tpm, self)
         self._duties = Duties(tpm, operations, self._durable, self._channels, self)
+        self.imported = False
         # What tells that the TPM's program has ended, if the TPM is one.
         self._lifeline = -1
         # Whether the service sent TPM2_Startup; then it sends TPM2_Shutdown too, so that the TPM goes down orderly.
@@ -120,6 +121,10 @@ class Worker:
     def rehearse_connection(self, connection: socket.socket) -> Callable[[], None]:
         """Return the handler of a data connection, for vtpm.engine.rehearsal."""
         return self._channels.handler(connection, connection.fileno())
+
+    def rehearse_control(self, connection: socket.socket) -> None:
+        """Serve a control connection, for vtpm.engine.rehearsal."""
+        self._open_control(connection, attached=False)
 
     def end_rehearsal(self) -> None:
         """Let go of what a rehearsal opened."""
@@ -222,9 +227,10 @@ class Worker:
     def state_imported(self) -> None:
         """See Power."""
         self._durable.commit()
+        self.imported = True
         reply = pb.WorkerReply()
         reply.imported.SetInParent()
-        # Without a daemon the next one finds out, as it asks for the keys.
+        # Without a daemon the next one finds out by the status.
         with contextlib.suppress(OSError):
             self._ops.sendall(frame(reply.SerializeToString()))
 

@@ -87,7 +87,13 @@ class Lifecycle:
 
     def running(self, ref: str) -> Running | None:
         """Return the running instance that `ref` names (id, name or `instances/…`), if it runs."""
-        return self._by_ref.get(ref.removeprefix("instances/"))
+        text = ref.removeprefix("instances/")
+        found = self._by_ref.get(text)
+        if found is None:
+            # An id in another of a UUID's spellings.
+            with contextlib.suppress(ValueError):
+                found = self._running.get(uuid.UUID(text))
+        return found
 
     def all_running(self) -> list[Running]:
         """What runs now."""
@@ -131,8 +137,8 @@ class Lifecycle:
                     continue
                 self._enter(Running(record, adopted.tpm))
                 log.info("instance.adopted", instance=str(record.id), name=record.name, epoch=record.epoch)
-                # Its VM's side may have put another TPM's state there meanwhile.
-                self.imported(record.id, record.epoch)
+                if (await adopted.tpm.status()).imported:
+                    self.imported(record.id, record.epoch)
         for record in await self.blocking(self.store.owned):
             if record.id in self._running:
                 continue
@@ -191,13 +197,13 @@ class Lifecycle:
             await asyncio.wait((task,), timeout=_END_TIMEOUT_S)
 
     async def _refresh_keys(self, running: Running) -> None:
-        """Write down the keys that the TPM has now, if they are others than before."""
+        """Write down the keys that the TPM has now; none, while they are not known."""
         try:
             keys = await running.tpm.keys()
         except VtpmError as error:
-            # A TPM that was not started tells nothing yet; the next power on or daemon asks again.
-            log.debug("instance.keys_unknown", instance=str(running.record.id), reason=error.reason)
-            return
+            # A TPM that was not started tells nothing yet; the next power on with TPM2_Startup asks again.
+            log.info("instance.keys_unknown", instance=str(running.record.id), reason=error.reason)
+            keys = ()
         if keys == running.record.keys:
             return
         record = await self.blocking(self.store.set_keys, running.record.id, keys)
@@ -367,7 +373,7 @@ class Lifecycle:
                 listeners.control.close()
         running = Running(owned, tpm)
         self._enter(running)
-        if startup_clear:
+        if startup_clear and not owned.keys:
             await self._refresh_keys(running)
             owned = running.record
         log.info("instance.started", instance=str(record.id), name=record.name, epoch=owned.epoch)

@@ -1077,10 +1077,13 @@ class Status(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     ATTACHED_FIELD_NUMBER: _builtins.int
+    IMPORTED_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     version: _builtins.int
     attached: _builtins.bool
     """A VM's control connection is open."""
+    imported: _builtins.bool
+    """The VM's side has put another TPM's state there since this worker was loaded."""
     @_builtins.property
     def ordinals(self) -> _containers.RepeatedCompositeFieldContainer[Global___OrdinalCount]:
         """Commands the VM ran on the data channel since the last GetStatus, by ordinal."""
@@ -1092,10 +1095,11 @@ class Status(_message.Message):
         epoch: _builtins.int = ...,
         version: _builtins.int = ...,
         attached: _builtins.bool = ...,
+        imported: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attached", b"attached", "epoch", b"epoch", "ordinals", b"ordinals", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attached", b"attached", "epoch", b"epoch", "imported", b"imported", "ordinals", b"ordinals", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
