@@ -31,9 +31,19 @@ class Vmm:
     """One VM's control connection and data channel."""
 
     def __init__(self, control: str | Path) -> None:
-        self.control = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.control.settimeout(15)
-        self.control.connect(str(control))
+        deadline = time.monotonic() + 5
+        while True:
+            self.control = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            self.control.settimeout(15)
+            try:
+                self.control.connect(str(control))
+                break
+            except ConnectionRefusedError:
+                # swtpm's socket is there a moment before it listens.
+                self.control.close()
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
         self.data: socket.socket | None = None
 
     def ask(self, command: int, payload: bytes = b"") -> bytes:
