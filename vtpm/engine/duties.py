@@ -157,7 +157,8 @@ class Duties:
         reply.status.epoch, reply.status.version = self._durable.epoch, self._durable.version
         reply.status.attached = self._power.attached
         reply.status.imported = self._power.imported
-        self._channels.stats.drain(reply.status)
+        if request.get_status.counts:
+            self._channels.stats.drain(reply.status)
 
     # ---- the TPM ---------------------------------------------------------------------------------------------------------
 
@@ -180,6 +181,7 @@ class Duties:
     def _get_keys(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:
         reply.keys.SetInParent()
         _add_keys(reply.keys, self._operations.keys())
+        reply.keys.pcr_banks.extend(bank.hash_name for bank in self._operations.banks())
 
     def _read_pcrs(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:
         counter, values = self._operations.read_pcrs(_selections(request.read_pcrs.selections))

@@ -145,11 +145,11 @@ class RunningTpm(Protocol):
     async def set_locality(self, locality: int) -> None:
         """Set the locality of the VM's data channel."""
 
-    async def status(self) -> pb.Status:
-        """Return and clear the command counts; and whether a VM's control connection is open."""
+    async def status(self, *, counts: bool = False) -> pb.Status:
+        """Say whether a VM's control connection is open; with `counts`, return and clear the command counts."""
 
-    async def keys(self) -> tuple[KeyRecord, ...]:
-        """Return the persistent EKs and the AK, as the TPM has them now."""
+    async def keys(self) -> tuple[tuple[KeyRecord, ...], tuple[str, ...]]:
+        """Return the persistent EKs and the AK, and the names of the PCR banks, as the TPM has them now."""
 
     async def attach(self, connection: socket.socket) -> None:
         """Serve a control connection of the VM, whose end powers the TPM off."""

@@ -282,14 +282,15 @@ class WorkerLink(asyncio.Protocol):
         """See RunningTpm."""
         await self.request(pb.WorkerRequest(set_locality=pb.SetLocality(locality=locality)))
 
-    async def status(self) -> pb.Status:
+    async def status(self, *, counts: bool = False) -> pb.Status:
         """See RunningTpm."""
-        return (await self.request(pb.WorkerRequest(get_status=pb.GetStatus()))).status
+        return (await self.request(pb.WorkerRequest(get_status=pb.GetStatus(counts=counts)))).status
 
-    async def keys(self) -> tuple[KeyRecord, ...]:
+    async def keys(self) -> tuple[tuple[KeyRecord, ...], tuple[str, ...]]:
         """See RunningTpm."""
-        reply = await self.request(pb.WorkerRequest(get_keys=pb.GetKeys()))
-        return tuple(KeyRecord(key.role, key.algorithm, key.handle, key.tpmt_public) for key in reply.keys.keys)
+        found = (await self.request(pb.WorkerRequest(get_keys=pb.GetKeys()))).keys
+        keys = tuple(KeyRecord(key.role, key.algorithm, key.handle, key.tpmt_public) for key in found.keys)
+        return keys, tuple(found.pcr_banks)
 
     async def attach(self, connection: socket.socket) -> None:
         """See RunningTpm."""

@@ -30,7 +30,7 @@ from vtpm.engine.software import SoftwareTpm
 from vtpm.engine.tcti import InProcessTcti
 from vtpm.errors import EngineError, FailedPreconditionError, TpmError
 from vtpm.tpm.codes import Handle, response_code_name
-from vtpm.tpm.keys import AK_HANDLE, KeyAlgorithm, ak_template, ek_handle, ek_template, key_algorithm
+from vtpm.tpm.keys import AK_HANDLE, KeyAlgorithm, ak_template, ek_handle, ek_template, is_ak, key_algorithm
 from vtpm.tpm.pcr import PcrBank, PcrSelection, marshal_selections
 from vtpm.tpm.service import (
     MAX_READ,
@@ -167,7 +167,14 @@ class Operations:
     def ak_public(self) -> bytes:
         """Return the AK's TPMT_PUBLIC as the TPM has it now (TPM2_ReadPublic)."""
         if not self._ak_public:
-            self._ak_public = parse_read_public(self._run("TPM2_ReadPublic", read_public_command(AK_HANDLE)))
+            public = parse_read_public(self._run("TPM2_ReadPublic", read_public_command(AK_HANDLE)))
+            if not is_ak(public):
+                raise FailedPreconditionError(
+                    "AK_FOREIGN",
+                    "the key at the AK's handle is no restricted signing key of this TPM, so what it signs proves nothing",
+                    remedy="remove it with platform authorization and start the instance again",
+                )
+            self._ak_public = public
         return self._ak_public
 
     def keys(self) -> list[ManufacturedKey]:
@@ -180,7 +187,7 @@ class Operations:
             if rc == 0:
                 public = parse_read_public(response)
                 kind = key_algorithm(public)
-                if kind is not None and algorithm in (None, kind):
+                if kind is not None and algorithm in (None, kind) and (role != "AK" or is_ak(public)):
                     found.append(ManufacturedKey(role, kind, handle, public))
             elif rc & _RC_FORMAT_ONE_MASK != _RC_HANDLE:
                 raise _tpm_error("TPM2_ReadPublic", rc)

@@ -35,6 +35,7 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 _FAILURE_RETRY_S: Final = 1.0
 _END_TIMEOUT_S: Final = 5.0
+_STATUS_TIMEOUT_S: Final = 2.0
 
 
 @dataclass(slots=True)
@@ -191,22 +192,18 @@ class Lifecycle:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _end_written_down(self, instance: uuid.UUID) -> None:
-        """Wait until the end of a TPM, if one has just ended, is in the store too."""
-        if (task := self._ends.get(instance)) is not None:
-            await asyncio.wait((task,), timeout=_END_TIMEOUT_S)
-
     async def _refresh_keys(self, running: Running) -> None:
         """Write down the keys that the TPM has now; none, while they are not known."""
+        banks: tuple[str, ...] = ()
         try:
-            keys = await running.tpm.keys()
+            keys, banks = await running.tpm.keys()
         except VtpmError as error:
             # A TPM that was not started tells nothing yet; the next power on with TPM2_Startup asks again.
             log.info("instance.keys_unknown", instance=str(running.record.id), reason=error.reason)
             keys = ()
-        if keys == running.record.keys:
+        if keys == running.record.keys and banks in ((), running.record.profile.pcr_banks):
             return
-        record = await self.blocking(self.store.set_keys, running.record.id, keys)
+        record = await self.blocking(self.store.set_keys, running.record.id, keys, banks)
         self.refresh(record)
         log.info("instance.keys_changed", instance=str(record.id), name=record.name)
         self.hub.publish("UPDATED", record)
@@ -244,7 +241,7 @@ class Lifecycle:
         """Power on; an instance that is ON is returned as it is."""
         record = await self.blocking(self.store.get, ref)
         async with self.lock(record.id):
-            await self._end_written_down(record.id)
+            await self.settled(record.id)
             record = await self._current(ref, revision)
             match record.state:
                 case InstanceState.ON:
@@ -266,7 +263,7 @@ class Lifecycle:
         """
         record = await self.blocking(self.store.get, ref)
         async with self.lock(record.id):
-            if await self._attached(record.id):
+            if await self.settled(record.id):
                 raise FailedPreconditionError(
                     "INSTANCE_IN_USE",
                     "another VM is attached to the instance",
@@ -280,22 +277,27 @@ class Lifecycle:
             await running.tpm.attach(connection)
             log.info("instance.attached", instance=str(record.id), name=record.name, epoch=running.record.epoch)
 
-    async def _attached(self, instance: uuid.UUID) -> bool:
-        """Whether a VM's control connection is open; waits for the end of a TPM whose VM has just gone."""
+    async def settled(self, instance: uuid.UUID) -> bool:
+        """Wait until the end of a TPM whose VM has just gone is written down; return whether a VM is attached."""
         running = self._running.get(instance)
         if running is not None:
             try:
-                return (await running.tpm.status()).attached
+                return (await asyncio.wait_for(running.tpm.status(), _STATUS_TIMEOUT_S)).attached
+            except TimeoutError:
+                # It is there and busy, as with a commit that the store does not take.
+                return True
             except EngineError:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(running.gone.wait(), _END_TIMEOUT_S)
-        await self._end_written_down(instance)
+        if (task := self._ends.get(instance)) is not None:
+            await asyncio.wait((task,), timeout=_END_TIMEOUT_S)
         return False
 
     async def stop(self, ref: str, *, revision: int | None) -> InstanceRecord:
         """Power off; volatile state is dropped. An instance that is OFF is returned as it is."""
         record = await self.blocking(self.store.get, ref)
         async with self.lock(record.id):
+            await self.settled(record.id)
             record = await self._current(ref, revision)
             if record.state is InstanceState.OFF:
                 return record
@@ -312,6 +314,7 @@ class Lifecycle:
         """_TPM_Init; takes a FAILED instance back to ON."""
         record = await self.blocking(self.store.get, ref)
         async with self.lock(record.id):
+            await self.settled(record.id)
             record = await self._current(ref, revision)
             running = self._running.get(record.id)
             match record.state:

@@ -156,6 +156,7 @@ class InstanceManager:
                 return
             raise
         async with self._lifecycle.lock(record.id):
+            await self._lifecycle.settled(record.id)
             try:
                 record = await self._lifecycle.blocking(self._store.delete, record.id, revision)
             except StoreError as error:
@@ -309,7 +310,7 @@ class InstanceManager:
     async def drain_command_counts(self) -> Sequence[pb.OrdinalCount]:
         """Return and clear the command counts of every running TPM."""
         statuses = await asyncio.gather(
-            *(running.tpm.status() for running in self._lifecycle.all_running()), return_exceptions=True
+            *(running.tpm.status(counts=True) for running in self._lifecycle.all_running()), return_exceptions=True
         )
         # One that is just dying has no counts to give; its end is reported elsewhere.
         return [row for status in statuses if isinstance(status, pb.Status) for row in status.ordinals]

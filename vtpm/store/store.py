@@ -4,6 +4,7 @@ return."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime as dt
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -255,10 +256,14 @@ class Store:
             self._insert_labels(connection, instance, values)
             return self._by_id(connection, instance)
 
-    def set_keys(self, instance: uuid.UUID, keys: tuple[KeyRecord, ...]) -> InstanceRecord:
-        """Replace the record of the TPM's keys."""
+    def set_keys(self, instance: uuid.UUID, keys: tuple[KeyRecord, ...], pcr_banks: tuple[str, ...]) -> InstanceRecord:
+        """Replace the record of the TPM's keys; and of its PCR banks, if they are known."""
         with self._writing() as connection:
-            self._change(connection, instance, {"keys": dump_keys(keys)})
+            values = {"keys": dump_keys(keys)}
+            if pcr_banks:
+                profile = dataclasses.replace(self._by_id(connection, instance).profile, pcr_banks=pcr_banks)
+                values["profile"] = dump_profile(profile)
+            self._change(connection, instance, values)
             return self._by_id(connection, instance)
 
     def acquire(self, instance: uuid.UUID, *, boot_id: str, revision: int | None = None) -> InstanceRecord:

@@ -709,16 +709,22 @@ class Keys(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     KEYS_FIELD_NUMBER: _builtins.int
+    PCR_BANKS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def keys(self) -> _containers.RepeatedCompositeFieldContainer[Global___ManufacturedKey]: ...
+    @_builtins.property
+    def pcr_banks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The allocated banks, by the names of their hashes."""
+
     def __init__(
         self,
         *,
         keys: _abc.Iterable[Global___ManufacturedKey] | None = ...,
+        pcr_banks: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys", "pcr_banks", b"pcr_banks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1058,12 +1064,17 @@ Global___Done: _TypeAlias = Done  # noqa: Y015
 class GetStatus(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    COUNTS_FIELD_NUMBER: _builtins.int
+    counts: _builtins.bool
+    """Give the command counts too, and begin to count anew."""
     def __init__(
         self,
+        *,
+        counts: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counts", b"counts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,622 @@
+"""A TPM moves from swtpm to this service and back, with all that was sealed to it; swtpm is the real one on both ends."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.conftest import Tool
+from tests.support.daemon import DaemonProcess
+from vtpm.api.v1 import instance_pb2 as pb
+from vtpm.cli.exchange import put_state, take_state
+from vtpm.cli.swtpm_files import KeySource, locked, read_state, state_directory
+from vtpm.errors import EngineError, SealedStateError, UnavailableError, VtpmError
+from vtpm.tpm.ptm import INIT_DELETE_VOLATILE, BlobType, Result, migration_blob
+from vtpm.wire import swtpm_state
+from vtpm.wire.control_client import ControlClient, ControlCommandError
+from vtpm.wire.swtpm_state import Kdf, KeyFormat, KeyMode
+
+needs_swtpm = pytest.mark.skipif(not shutil.which("swtpm"), reason="swtpm is not installed")
+pytestmark = needs_swtpm
+
+PERMALL = "tpm2-00.permall"
+VOLATILE = "tpm2-00.volatilestate"
+SECRET = b"sealed under swtpm"
+NV_INDEX, PERSISTENT = "0x01500001", "0x81000001"
+KEY_256 = bytes(range(32))
+RUNNING = ("--flags", "not-need-init,startup-clear")
+
+
+class Swtpm:
+    """One swtpm process on a state directory; `path` is its data socket, and with `.ctrl` behind it the control socket."""
+
+    def __init__(self, state: Path, *arguments: str) -> None:
+        self.sockets = Path(tempfile.mkdtemp(prefix="swtpm-"))
+        self.path, self.control = self.sockets / "tpm", self.sockets / "tpm.ctrl"
+        state.mkdir(exist_ok=True)
+        command = ["swtpm", "socket", "--tpm2", "--tpmstate", f"dir={state}", *arguments]
+        command += ["--server", f"type=unixio,path={self.path}", "--ctrl", f"type=unixio,path={self.control}"]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        deadline = time.monotonic() + 10
+        while not (self.control.exists() and self.path.exists()):
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise AssertionError(f"swtpm: {self.end()!r}")
+            time.sleep(0.01)
+
+    def __enter__(self) -> Swtpm:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def tool(self, *command: str, cwd: Path) -> bytes:
+        env = os.environ | {"TPM2TOOLS_TCTI": f"swtpm:path={self.path}"}
+        done = subprocess.run(command, env=env, cwd=cwd, capture_output=True, check=False, timeout=60)
+        assert done.returncode == 0, f"{' '.join(command)}: {done.stderr.decode()}"
+        # Nobody manages resources here: what a tool loaded stays.
+        subprocess.run(["tpm2_flushcontext", "-t"], env=env, check=True, capture_output=True, timeout=60)
+        return done.stdout
+
+    def wait(self) -> None:
+        """Wait until it ended by itself."""
+        self.process.wait(10)
+
+    def end(self) -> bytes:
+        """Power off orderly, or whatever it takes."""
+        if self.process.poll() is None:
+            try:
+                with ControlClient(self.control) as control:
+                    control.shutdown()
+                self.process.wait(10)
+            except (VtpmError, subprocess.TimeoutExpired):
+                self.process.kill()
+        output, _ = self.process.communicate(timeout=10)
+        shutil.rmtree(self.sockets, ignore_errors=True)
+        return output
+
+
+Run = Callable[..., bytes]
+
+
+def furnish(run: Run, files: Path) -> dict[str, bytes]:
+    """Put an NV index, a persistent key and a sealed secret into a TPM; return what it should still have later."""
+    run("tpm2_nvdefine", NV_INDEX, "-s", "8", "-a", "ownerread|ownerwrite")
+    (files / "value").write_bytes(b"8 octets")
+    run("tpm2_nvwrite", NV_INDEX, "-C", "o", "-i", "value")
+    run("tpm2_createprimary", "-C", "o", "-G", "ecc", "-c", "primary.ctx")
+    run("tpm2_evictcontrol", "-C", "o", "-c", "primary.ctx", PERSISTENT)
+    (files / "secret").write_bytes(SECRET)
+    run("tpm2_create", "-C", PERSISTENT, "-i", "secret", "-u", "sealed.pub", "-r", "sealed.priv")
+    return furniture(run, files)
+
+
+def furniture(run: Run, files: Path) -> dict[str, bytes]:
+    """Read back what `furnish` put there, and the EK."""
+    run("tpm2_createek", "-G", "ecc", "-c", "ek.ctx", "-u", "ek.pub")
+    run("tpm2_load", "-C", PERSISTENT, "-u", "sealed.pub", "-r", "sealed.priv", "-c", "sealed.ctx")
+    return {
+        "nv": run("tpm2_nvread", NV_INDEX, "-C", "o"),
+        "persistent": run("tpm2_readpublic", "-c", PERSISTENT),
+        "ek": (files / "ek.pub").read_bytes(),
+        "secret": run("tpm2_unseal", "-c", "sealed.ctx"),
+    }
+
+
+def of_swtpm(state: Path, files: Path, *key: str, action: Callable[[Run, Path], dict[str, bytes]]) -> dict[str, bytes]:
+    """Run `action` against a swtpm on `state`."""
+    with Swtpm(state, *RUNNING, *key) as swtpm:
+        return action(lambda *command: swtpm.tool(*command, cwd=files), files)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """Where the tools keep their files."""
+    path = tmp_path / "files"
+    path.mkdir()
+    return path
+
+
+# ---- swtpm's files and our reading of them -------------------------------------------------------------------------------
+
+KEYS: Sequence[tuple[str, bytes, str, KeySource, KeyMode]] = [
+    ("hex 128", b"0x" + KEY_256[:16].hex().encode() + b"\n", "file={},mode=aes-128-cbc", KeySource(), KeyMode.AES_128_CBC),
+    ("hex 256", KEY_256.hex().encode(), "file={},mode=aes-256-cbc,format=hex", KeySource(), KeyMode.AES_256_CBC),
+    (
+        "binary 256",
+        KEY_256,
+        "file={},mode=aes-256-cbc,format=binary",
+        KeySource(key_format=KeyFormat.BINARY),
+        KeyMode.AES_256_CBC,
+    ),
+    (
+        "binary 128, called 256",
+        KEY_256[:16],
+        "file={},mode=aes-256-cbc,format=binary",
+        KeySource(key_format=KeyFormat.BINARY),
+        KeyMode.AES_128_CBC,
+    ),
+    ("pbkdf2 256", b"a password\n", "pwdfile={},mode=aes-256-cbc", KeySource(), KeyMode.AES_256_CBC),
+    ("pbkdf2 128", b"a password", "pwdfile={},mode=aes-cbc,kdf=pbkdf2", KeySource(), KeyMode.AES_128_CBC),
+    (
+        "sha512 256",
+        b"a password of more than thirty-two octets",
+        "pwdfile={},mode=aes-256-cbc,kdf=sha512",
+        KeySource(kdf=Kdf.SHA512),
+        KeyMode.AES_256_CBC,
+    ),
+]
+
+
+@pytest.mark.parametrize(("content", "option", "source", "mode"), [item[1:] for item in KEYS], ids=[item[0] for item in KEYS])
+def test_what_swtpm_encrypts_is_read_and_what_is_built_swtpm_reads(
+    tmp_path: Path, files: Path, content: bytes, option: str, source: KeySource, mode: KeyMode
+) -> None:
+    key_path, state = tmp_path / "key", tmp_path / "state"
+    key_path.write_bytes(content)
+    option = option.format(key_path)
+    name = {"key_file": key_path} if option.startswith("file") else {"password_file": key_path}
+    source = KeySource(**name, key_format=source.key_format, kdf=source.kdf)
+    before = of_swtpm(state, files, "--key", option, action=furnish)
+    written = (state / PERMALL).read_bytes()
+    assert swtpm_state.mode_of(written) is mode
+    payload = read_state(state / PERMALL, source, None)
+    swtpm_state.check_permanent(payload)
+    assert before["nv"] in payload
+    assert len(swtpm_state.build(payload, source.read(mode))) == len(written)
+
+    again = tmp_path / "again"
+    again.mkdir()
+    (again / PERMALL).write_bytes(swtpm_state.build(payload, source.read(mode)))
+    assert of_swtpm(again, files, "--key", option, action=furniture) == before
+
+
+def test_a_plain_file_is_written_byte_for_byte_as_swtpm_writes_it(tmp_path: Path, files: Path) -> None:
+    of_swtpm(tmp_path / "state", files, action=furnish)
+    written = (tmp_path / "state" / PERMALL).read_bytes()
+    assert swtpm_state.build(swtpm_state.parse(written)) == written
+
+
+# ---- the client of the control protocol ----------------------------------------------------------------------------------
+
+
+def test_state_blobs_carry_a_tpm_from_one_swtpm_into_another(tmp_path: Path, files: Path) -> None:
+    with Swtpm(tmp_path / "old", *RUNNING) as old:
+        before = furnish(lambda *command: old.tool(*command, cwd=files), files)
+        with ControlClient(old.control) as control:
+            assert control.get_capability() & 0x378F == 0x378F
+            blob = control.get_state_blob(BlobType.PERMANENT)
+            volatile = control.get_state_blob(BlobType.VOLATILE)
+            assert control.get_state_blob(BlobType.SAVESTATE) is None
+    assert blob is not None
+    assert volatile is not None
+    payload = swtpm_state.payload_of(blob)
+    swtpm_state.check_permanent(payload)
+    assert migration_blob(payload) == blob
+    assert migration_blob(swtpm_state.payload_of(volatile)) == volatile
+    with Swtpm(tmp_path / "new") as new:
+        with ControlClient(new.control) as control:
+            control.stop()
+            control.set_state_blob(BlobType.PERMANENT, blob)
+            control.set_state_blob(BlobType.VOLATILE, volatile)
+            control.init(INIT_DELETE_VOLATILE)
+        # With its volatile state the TPM is already started.
+        assert furniture(lambda *command: new.tool(*command, cwd=files), files) == before
+
+
+def test_a_refused_command_says_its_result_and_the_connection_goes_on(tmp_path: Path) -> None:
+    with Swtpm(tmp_path / "state") as swtpm, ControlClient(swtpm.control) as control:
+        # swtpm 0.7 gives no state before INIT, and can't lock.
+        with pytest.raises(ControlCommandError) as caught:
+            control.get_state_blob(BlobType.PERMANENT)
+        assert caught.value.result == Result.BAD_ORDINAL
+        with pytest.raises(ControlCommandError) as caught:
+            control.lock_storage(1)
+        assert caught.value.result == Result.BAD_ORDINAL
+        control.init()
+        assert control.get_state_blob(BlobType.PERMANENT)
+        with pytest.raises(ControlCommandError):
+            control.set_state_blob(BlobType.PERMANENT, b"while it runs")
+        control.stop()
+        with pytest.raises(ControlCommandError):
+            control.set_state_blob(BlobType.PERMANENT, b"no state")
+        assert control.get_capability()
+
+
+def test_nobody_at_the_socket_is_said_by_name(tmp_path: Path) -> None:
+    with pytest.raises(UnavailableError) as caught:
+        ControlClient(tmp_path / "nobody")
+    assert caught.value.reason == "CONTROL_SOCKET_UNREACHABLE"
+    with pytest.raises(UnavailableError) as caught:
+        ControlClient("/" + "x" * 200)
+    assert caught.value.reason == "CONTROL_SOCKET_UNREACHABLE"
+
+
+@pytest.fixture
+def answering() -> Iterator[Callable[..., Path]]:
+    """Give a control socket whose server answers each request with the next of some byte strings, then hangs up."""
+    directory = Path(tempfile.mkdtemp(prefix="ctrl-"))
+    path = directory / "ctrl"
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    listener.listen()
+
+    def serve(*answers: bytes) -> Path:
+        def run() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                for answer in answers:
+                    connection.recv(4096)
+                    for byte in answer:
+                        connection.send(bytes([byte]))
+
+        threading.Thread(target=run, daemon=True).start()
+        return path
+
+    yield serve
+    listener.close()
+    shutil.rmtree(directory)
+
+
+def test_a_long_blob_comes_in_parts(answering: Callable[..., Path]) -> None:
+    parts = [struct.pack(">IIII", 0, 0, 7, 3) + b"abc", struct.pack(">IIII", 0, 0, 4, 3) + b"def"]
+    parts.append(struct.pack(">IIII", 0, 0, 1, 1) + b"g")
+    with ControlClient(answering(*parts)) as control:
+        assert control.get_state_blob(BlobType.PERMANENT) == b"abcdefg"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [(1 << 30, 16), (16, 17), (16, 0), (0, 0), (0, 16)],
+    ids=["huge", "more than all", "endless", "empty", "more than nothing"],
+)
+def test_impossible_sizes_are_not_believed(answering: Callable[..., Path], answer: tuple[int, int]) -> None:
+    with ControlClient(answering(struct.pack(">IIII", 0, 0, *answer))) as control, pytest.raises(EngineError) as caught:
+        control.get_state_blob(BlobType.PERMANENT)
+    assert caught.value.reason == "CONTROL_ANSWER_INVALID"
+
+
+@pytest.mark.parametrize("answer", [b"", b"\0\0", struct.pack(">IIII", 0, 0, 16, 16) + b"half"])
+def test_a_connection_that_is_lost_is_said_by_name(answering: Callable[..., Path], answer: bytes) -> None:
+    with ControlClient(answering(answer)) as control, pytest.raises(UnavailableError) as caught:
+        control.get_state_blob(BlobType.PERMANENT)
+    assert caught.value.reason == "CONTROL_CONNECTION_LOST"
+
+
+def test_state_is_put_and_taken_through_a_control_socket(tmp_path: Path, files: Path) -> None:
+    before = of_swtpm(tmp_path / "old", files, action=furnish)
+    payload = read_state(tmp_path / "old" / PERMALL, KeySource(), None)
+    with Swtpm(tmp_path / "new") as stand_in:
+        put_state(stand_in.control, payload)
+        stand_in.wait()
+    assert of_swtpm(tmp_path / "new", files, action=furniture) == before
+    with Swtpm(tmp_path / "new") as stand_in:
+        taken = take_state(stand_in.control)
+        stand_in.wait()
+    assert taken == read_state(tmp_path / "new" / PERMALL, KeySource(), None)
+
+
+def test_a_tpm_refuses_state_that_is_damaged_inside(tmp_path: Path, files: Path) -> None:
+    of_swtpm(tmp_path / "old", files, action=furnish)
+    payload = bytearray(read_state(tmp_path / "old" / PERMALL, KeySource(), None))
+    payload[len(payload) // 2 :] = b""
+    with Swtpm(tmp_path / "new") as stand_in, pytest.raises(SealedStateError) as caught:
+        put_state(stand_in.control, bytes(payload))
+    assert caught.value.reason == "SWTPM_STATE_REFUSED"
+
+
+# ---- import and export ---------------------------------------------------------------------------------------------------
+
+
+def names(daemon: DaemonProcess) -> list[str]:
+    listed = daemon.client.call(daemon.client.instances.ListInstances, pb.ListInstancesRequest(page_size=1000))
+    return sorted(instance.name for instance in listed.instances)
+
+
+def refused(daemon: DaemonProcess, *arguments: str | Path) -> str:
+    """Run a command that must be refused in one line, and leave the instances as they are; return the reason."""
+    before = names(daemon)
+    done = daemon.vtpm("instance", *map(str, arguments), check=False)
+    assert done.returncode
+    (line,) = done.stderr.decode().splitlines()
+    assert names(daemon) == before
+    return line.removeprefix("vtpm: ").partition(":")[0]
+
+
+@pytest.fixture
+def old(tmp_path: Path, files: Path) -> tuple[Path, dict[str, bytes]]:
+    """A swtpm's state, and what the TPM has."""
+    state = tmp_path / "old"
+    return state, of_swtpm(state, files, action=furnish)
+
+
+def here(daemon: DaemonProcess, tool: Callable[[pb.Instance], Tool], name: str, files: Path) -> dict[str, bytes]:
+    """What an instance has; it is OFF afterwards."""
+    run = tool(daemon.power_on(name))
+
+    def one(*command: str) -> bytes:
+        stdout: bytes = run("env", "-C", str(files), *command).stdout
+        run("tpm2_flushcontext", "-t")
+        return stdout
+
+    found = furniture(one, files)
+    daemon.vtpm("instance", "stop", name)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("key", "swtpm_key"),
+    [
+        ([], []),
+        (["--key-file", "{}"], ["--key", "file={},mode=aes-256-cbc,format=hex"]),
+        (["--password-file", "{}", "--mode", "aes-128-cbc"], ["--key", "pwdfile={},mode=aes-128-cbc"]),
+    ],
+    ids=["plain", "key file", "password"],
+)
+def test_a_tpm_moves_here_and_back(
+    daemon: DaemonProcess,
+    tool: Callable[[pb.Instance], Tool],
+    name: str,
+    tmp_path: Path,
+    files: Path,
+    key: list[str],
+    swtpm_key: list[str],
+) -> None:
+    (tmp_path / "key").write_text(KEY_256.hex())
+    ours, theirs = ([item.format(tmp_path / "key") for item in options] for options in (key, swtpm_key))
+    before = of_swtpm(tmp_path / "old", files, *theirs, action=furnish)
+    file_before = (tmp_path / "old" / PERMALL).read_bytes()
+
+    done = daemon.vtpm("instance", "import", "--from-swtpm", str(tmp_path / "old"), *ours, "-l", "from=swtpm", name)
+    assert b"working copy" in done.stderr
+    imported = daemon.get(name)
+    assert imported.state == pb.OFF
+    assert dict(imported.labels) == {"from": "swtpm"}
+    assert (tmp_path / "old" / PERMALL).read_bytes() == file_before
+    assert here(daemon, tool, name, files) == before
+
+    new = tmp_path / "new"
+    done = daemon.vtpm("instance", "export", "--to-swtpm", str(new), *ours, name)
+    assert (b"NOT encrypted" in done.stderr) is (not key)
+    assert daemon.get(name).state == pb.OFF
+    assert (new.stat().st_mode & 0o777, (new / PERMALL).stat().st_mode & 0o777) == (0o700, 0o600)
+    assert [path.name for path in new.iterdir()] == [PERMALL]
+    assert (swtpm_state.mode_of((new / PERMALL).read_bytes()) is None) is (not key)
+    assert of_swtpm(new, files, *theirs, action=furniture) == before
+    # What was exported is still here too.
+    assert here(daemon, tool, name, files) == before
+
+
+def test_an_imported_tpm_quotes_like_one_that_was_made_here(
+    daemon: DaemonProcess, name: str, tmp_path: Path, old: tuple[Path, dict[str, bytes]]
+) -> None:
+    daemon.vtpm("instance", "import", "--from-swtpm", str(old[0]), name)
+    daemon.power_on(name)
+    out = tmp_path / "quote"
+    daemon.vtpm("quote", name, "--pcrs", "sha256:0-7", "--nonce", "1234abcd", "--out", str(out))
+    check = ["tpm2_checkquote", "-u", "ak.pem", "-m", "quote.msg", "-s", "quote.sig", "-f", "pcrs.bin", "-g", "sha256"]
+    subprocess.run([*check, "-q", "1234abcd"], cwd=out, check=True, capture_output=True)
+    ak = next(key.public_pem for key in daemon.get(name).keys if key.role == pb.AK)
+    assert ak.strip() == (out / "ak.pem").read_text().strip(), "the AK that is listed is the one that signs"
+    daemon.vtpm("instance", "stop", name)
+
+
+def test_what_was_imported_is_the_services_state_and_survives_its_restart(
+    own_daemon: DaemonProcess, tool: Callable[[pb.Instance], Tool], files: Path, old: tuple[Path, dict[str, bytes]]
+) -> None:
+    daemon = own_daemon
+    daemon.vtpm("instance", "import", "--from-swtpm", str(old[0]), "web-1")
+    shutil.rmtree(old[0])
+    daemon.stop()
+    daemon.start()
+    assert here(daemon, tool, "web-1", files) == old[1]
+
+
+def test_the_state_never_passes_through_the_daemon(own_daemon: DaemonProcess, tmp_path: Path, files: Path) -> None:
+    daemon = own_daemon
+    mark = os.urandom(32).hex().encode()
+
+    def put_mark(run: Run, files: Path) -> dict[str, bytes]:
+        run("tpm2_nvdefine", NV_INDEX, "-s", "64", "-a", "ownerread|ownerwrite")
+        (files / "mark").write_bytes(mark)
+        run("tpm2_nvwrite", NV_INDEX, "-C", "o", "-i", "mark")
+        return {}
+
+    of_swtpm(tmp_path / "old", files, action=put_mark)
+    daemon.vtpm("instance", "import", "--from-swtpm", str(tmp_path / "old"), "web-1")
+    daemon.vtpm("instance", "export", "--to-swtpm", str(tmp_path / "new"), "web-1")
+    assert mark in (tmp_path / "new" / PERMALL).read_bytes()
+    assert daemon.process is not None
+    memory = memory_of(daemon.process.pid)
+    assert b"web-1" in memory
+    assert mark not in memory
+    assert all(mark not in path.read_bytes() for path in daemon.root.rglob("*") if path.is_file())
+
+
+def memory_of(pid: int) -> bytes:
+    """All that a process has mapped and can read."""
+    found = bytearray()
+    with Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            span, permissions, *_ = line.split()
+            first, last = (int(end, 16) for end in span.split("-"))
+            if permissions.startswith("rw"):
+                memory.seek(first)
+                found += memory.read(last - first) or b""
+    return bytes(found)
+
+
+def test_libvirts_layout_is_known(daemon: DaemonProcess, tmp_path: Path, old: tuple[Path, dict[str, bytes]]) -> None:
+    above = tmp_path / "0f9a2c1e-uuid"
+    above.mkdir()
+    old[0].rename(above / "tpm2")
+    (above / "tpm2" / VOLATILE).write_bytes(b"as in a VM that is suspended")
+    # It is found: what is refused is the suspended VM.
+    assert refused(daemon, "import", "--from-swtpm", above, "x") == "VOLATILE_STATE_PRESENT"
+    assert refused(daemon, "import", "--from-swtpm", above / "tpm2", "x") == "VOLATILE_STATE_PRESENT"
+    shutil.copy(above / "tpm2" / PERMALL, above / PERMALL)
+    assert refused(daemon, "import", "--from-swtpm", above, "x") == "SWTPM_STATE_NOT_FOUND"
+
+
+def test_a_suspended_vms_tpm_is_imported_only_without_its_volatile_state(
+    daemon: DaemonProcess, name: str, tool: Callable[[pb.Instance], Tool], files: Path, tmp_path: Path
+) -> None:
+    state = tmp_path / "old"
+    with Swtpm(state, *RUNNING) as swtpm:
+        before = furnish(lambda *command: swtpm.tool(*command, cwd=files), files)
+        subprocess.run(["swtpm_ioctl", "--unix", str(swtpm.control), "-v"], check=True, capture_output=True)
+    assert (state / VOLATILE).exists()
+    assert refused(daemon, "import", "--from-swtpm", state, name) == "VOLATILE_STATE_PRESENT"
+    daemon.vtpm("instance", "import", "--from-swtpm", str(state), "--drop-volatile", name)
+    assert here(daemon, tool, name, files) == before
+
+
+def test_a_swtpm_that_runs_is_not_disturbed(daemon: DaemonProcess, name: str, tmp_path: Path) -> None:
+    with Swtpm(tmp_path / "old", *RUNNING):
+        assert refused(daemon, "import", "--from-swtpm", tmp_path / "old", name) == "SWTPM_RUNNING"
+        (tmp_path / "old" / PERMALL).unlink()
+        daemon.create(name)
+        assert refused(daemon, "export", "--to-swtpm", tmp_path / "old", name) == "SWTPM_RUNNING"
+    assert not (tmp_path / "old" / PERMALL).exists()
+
+
+def test_state_that_cannot_be_imported_is_refused_by_name(tmp_path: Path, old: tuple[Path, dict[str, bytes]]) -> None:
+    state, _ = old
+    key, password = tmp_path / "key", tmp_path / "password"
+    key.write_text(KEY_256.hex())
+    password.write_text("a password")
+
+    def reason(mode: KeyMode | None = None, **source: Any) -> str:
+        with pytest.raises(VtpmError) as caught:
+            read_state(state_directory(state) / PERMALL, KeySource(**source), mode)
+        assert KEY_256.hex() not in str(caught.value)
+        return caught.value.reason
+
+    assert reason(key_file=key) == "SWTPM_STATE_NOT_ENCRYPTED"
+    assert reason(key_file=key, password_file=password) == "USAGE"
+    assert reason(key_file=tmp_path / "missing") == "FILE_UNREADABLE"
+    assert reason(key_file=key, key_format=KeyFormat.BINARY) == "SWTPM_KEY_INVALID"
+    plain = swtpm_state.parse((state / PERMALL).read_bytes())
+    for content, why in (
+        (swtpm_state.build(plain)[:-1], "SWTPM_STATE_INVALID"),
+        (swtpm_state.build(b"\0" * 100), "SWTPM_STATE_NOT_PERMANENT"),
+        (swtpm_state.build(plain, KEY_256), "SWTPM_STATE_ENCRYPTED"),
+        (bytes((1 << 20) + 1), "FILE_TOO_LARGE"),
+        (b"", "SWTPM_STATE_INVALID"),
+    ):
+        (state / PERMALL).write_bytes(content)
+        assert reason() == why
+    (state / PERMALL).write_bytes(swtpm_state.build(plain, bytes(32)))
+    assert reason(key_file=key) == "SWTPM_STATE_NOT_AUTHENTIC"
+    assert reason(password_file=password) == "SWTPM_STATE_NOT_AUTHENTIC"
+    assert reason(KeyMode.AES_128_CBC, key_file=key) == "SWTPM_KEY_INVALID"
+    (state / PERMALL).unlink()
+    assert reason() == "SWTPM_STATE_NOT_FOUND"
+    os.mkfifo(state / PERMALL)
+    assert reason() == "FILE_UNREADABLE"
+    (state / PERMALL).unlink()
+    (state / "tpm-00.permall").write_bytes(b"a TPM 1.2")
+    assert reason() == "SWTPM_STATE_NOT_FOUND"
+    with pytest.raises(VtpmError, match="this is a file"):
+        state_directory(key)
+
+
+def test_what_is_refused_on_the_command_line_makes_no_instance(
+    daemon: DaemonProcess, name: str, tmp_path: Path, old: tuple[Path, dict[str, bytes]]
+) -> None:
+    (tmp_path / "key").write_text(KEY_256.hex())
+    arguments = ("import", "--from-swtpm", old[0], name)
+    assert refused(daemon, *arguments, "--key-file", tmp_path / "key") == "SWTPM_STATE_NOT_ENCRYPTED"
+    assert refused(daemon, *arguments, "--key-format", "base64") == "USAGE"
+    assert refused(daemon, *arguments, "--label", "novalue") == "LABELS_INVALID"
+
+
+def test_an_import_that_fails_leaves_nothing(daemon: DaemonProcess, name: str, old: tuple[Path, dict[str, bytes]]) -> None:
+    state, _ = old
+    plain = swtpm_state.parse((state / PERMALL).read_bytes())
+    (state / PERMALL).write_bytes(swtpm_state.build(plain[: len(plain) // 2]))
+    assert refused(daemon, "import", "--from-swtpm", state, name) == "SWTPM_STATE_REFUSED"
+    # The name is free again, and one that is taken is not touched.
+    (state / PERMALL).write_bytes(swtpm_state.build(plain))
+    daemon.vtpm("instance", "import", "--from-swtpm", str(state), name)
+    made = daemon.get(name)
+    assert refused(daemon, "import", "--from-swtpm", state, name) == "INSTANCE_NAME_TAKEN"
+    assert daemon.get(name) == made
+
+
+def test_an_import_that_is_interrupted_leaves_nothing(
+    daemon: DaemonProcess, name: str, old: tuple[Path, dict[str, bytes]]
+) -> None:
+    before = names(daemon)
+    command = [str(Path(sys.executable).with_name("vtpm")), "instance", "import", "--from-swtpm", str(old[0]), name]
+    with subprocess.Popen(command, env=daemon.env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        while name not in names(daemon) and process.poll() is None:
+            time.sleep(0.001)
+        process.terminate()
+        process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert names(daemon) == before
+
+
+def test_a_tpm_that_was_exported_comes_back_with_its_ak(daemon: DaemonProcess, name: str, tmp_path: Path) -> None:
+    daemon.create(name)
+    made = daemon.get(name)
+    daemon.vtpm("instance", "export", "--to-swtpm", str(tmp_path / "copy"), name)
+    daemon.vtpm("instance", "import", "--from-swtpm", str(tmp_path / "copy"), f"{name}-again")
+    assert list(daemon.get(f"{name}-again").keys) == list(made.keys)
+
+
+def test_only_an_instance_that_is_off_is_exported(daemon: DaemonProcess, running: pb.Instance, tmp_path: Path) -> None:
+    assert refused(daemon, "export", "--to-swtpm", tmp_path / "new", running.name) == "INSTANCE_NOT_OFF"
+    assert refused(daemon, "export", "--to-swtpm", tmp_path / "new", "nobody") == "INSTANCE_NOT_FOUND"
+    assert not (tmp_path / "new").exists()
+    assert daemon.get(running.name).state == pb.ON
+
+
+def test_a_tpm_that_is_there_is_not_overwritten_unasked(daemon: DaemonProcess, name: str, tmp_path: Path) -> None:
+    daemon.create(name)
+    for left in (PERMALL, VOLATILE):
+        place = tmp_path / left
+        place.mkdir()
+        (place / left).write_bytes(b"another TPM")
+        assert refused(daemon, "export", "--to-swtpm", place, name) == "SWTPM_STATE_EXISTS"
+        assert (place / left).read_bytes() == b"another TPM"
+
+
+def test_force_overwrites_and_leaves_no_volatile_state_of_another_tpm(daemon: DaemonProcess, name: str, tmp_path: Path) -> None:
+    daemon.create(name)
+    (tmp_path / "tpm2").mkdir()
+    for left in (PERMALL, VOLATILE):
+        (tmp_path / "tpm2" / left).write_bytes(b"another TPM")
+    daemon.vtpm("instance", "export", "--to-swtpm", str(tmp_path), "--force", name)
+    swtpm_state.check_permanent(swtpm_state.parse((tmp_path / "tpm2" / PERMALL).read_bytes()))
+    assert [path.name for path in (tmp_path / "tpm2").iterdir()] == [PERMALL]
+
+
+def test_a_key_may_come_through_a_pipe_and_is_in_no_message(
+    daemon: DaemonProcess, name: str, tmp_path: Path, old: tuple[Path, dict[str, bytes]]
+) -> None:
+    plain = swtpm_state.parse((old[0] / PERMALL).read_bytes())
+    (old[0] / PERMALL).write_bytes(swtpm_state.build(plain, KEY_256))
+    arguments = ("instance", "import", "--from-swtpm", str(old[0]), "--key-file", "/dev/stdin", name)
+    done = daemon.vtpm(*arguments, stdin=KEY_256.hex().encode())
+    assert KEY_256.hex().encode() not in done.stdout + done.stderr
+
+
+def test_the_directory_stays_locked_while_it_is_read(tmp_path: Path, old: tuple[Path, dict[str, bytes]]) -> None:
+    with locked(old[0]):
+        ask = "import fcntl,sys; fcntl.lockf(open(sys.argv[1],'r+b'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+        done = subprocess.run([sys.executable, "-c", ask, str(old[0] / ".lock")], capture_output=True, check=False)
+        assert b"BlockingIOError" in done.stderr

@@ -1,0 +1,320 @@
+"""The format of swtpm's state files and state blobs: a header of 10 bytes and records of tag, length and data.
+
+A state file (`tpm2-00.permall`) holds libtpms' state in a plain record, or encrypted with the key of swtpm's `--key`:
+AES-CBC, then HMAC-SHA256 with the same key over ciphertext and IV. A state blob, as GET_STATEBLOB and SET_STATEBLOB carry
+it, wraps such records in one of migration data. All that is parsed here is unverified: a plain file has no checksum.
+Nothing in this module puts state or key bytes into an error.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import hmac
+import os
+import re
+import struct
+from collections.abc import Mapping
+from typing import Final
+
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.padding import PKCS7
+
+from vtpm.errors import InvalidArgumentError, SealedStateError
+from vtpm.tpm.ptm import MAX_STATE_SIZE
+
+# version, min_version, size of this header, flags, size of all.
+_HEADER: Final = struct.Struct(">BBHHI")
+_RECORD: Final = struct.Struct(">HI")
+_VERSION: Final = 2
+_MIN_VERSION: Final = 1
+# How libtpms begins a TPM 2.0's permanent state: version, magic, min_version.
+_PERMANENT: Final = struct.Struct(">HIH")
+_PERMANENT_MAGIC: Final = 0xAB364723
+_AES_BLOCK_SIZE: Final = 16
+_PBKDF2_SALT: Final = b"swtpm"
+_PBKDF2_ITERATIONS: Final = 1000
+_HEX_KEY: Final = re.compile(rb"(?:0x)?([0-9A-Fa-f]+)(?:\s.*)?", re.DOTALL)
+_REWRITE: Final = "let a current swtpm write it anew: start swtpm with it, power the TPM on and off, try again"
+_DAMAGED: Final = "take the state from a backup; nothing was changed"
+
+
+class _Tag(enum.IntEnum):
+    DATA = 1
+    ENCRYPTED_DATA = 2
+    HMAC = 3
+    MIGRATION_DATA = 4
+    ENCRYPTED_MIGRATION_DATA = 5
+    IV = 6
+    MIGRATION_IV = 7
+
+
+class _Flag(enum.IntFlag):
+    ENCRYPTED = 0x01
+    MIGRATION_ENCRYPTED = 0x02
+    MIGRATION_DATA = 0x04
+    KEY_256_BIT = 0x08
+    MIGRATION_KEY_256_BIT = 0x10
+
+
+class KeyMode(enum.StrEnum):
+    """`mode=` of swtpm's `--key`."""
+
+    AES_128_CBC = "aes-128-cbc"
+    AES_256_CBC = "aes-256-cbc"
+
+    @property
+    def key_size(self) -> int:
+        """Size of the key in bytes."""
+        return 16 if self is KeyMode.AES_128_CBC else 32
+
+
+class KeyFormat(enum.StrEnum):
+    """`format=` of swtpm's `--key`."""
+
+    HEX = "hex"
+    BINARY = "binary"
+
+
+class Kdf(enum.StrEnum):
+    """`kdf=` of swtpm's `--key`."""
+
+    PBKDF2 = "pbkdf2"
+    SHA512 = "sha512"
+
+
+_FILE_MODES: Final[Mapping[int, KeyMode | None]] = {
+    0: None,
+    _Flag.ENCRYPTED: KeyMode.AES_128_CBC,
+    _Flag.ENCRYPTED | _Flag.KEY_256_BIT: KeyMode.AES_256_CBC,
+}
+
+
+def key_from_file(content: bytes, mode: KeyMode, form: KeyFormat, *, subject: str = "") -> bytes:
+    """Return the key that a key file holds, as swtpm reads it.
+
+    Raises:
+        InvalidArgumentError: SWTPM_KEY_INVALID.
+    """
+    key = content
+    if form is KeyFormat.HEX:
+        match = _HEX_KEY.fullmatch(content)
+        key = bytes.fromhex(match[1].decode()) if match and len(match[1]) % 2 == 0 else b""
+    # swtpm takes a binary key of 16 bytes for aes-256-cbc as well and encrypts with 128 bits; the file's header then says so.
+    if len(key) != mode.key_size:
+        raise InvalidArgumentError(
+            "SWTPM_KEY_INVALID",
+            f"the key file does not hold {mode.key_size} bytes in {form.value} form, as {mode.value} needs",
+            subject=subject,
+            remedy="name the form that swtpm was given, with --key-format hex or binary, and the mode with --mode",
+        )
+    return key
+
+
+def key_from_password(content: bytes, mode: KeyMode, kdf: Kdf, *, subject: str = "") -> bytes:
+    """Return the key that swtpm derives from a password file; all its bytes count, a line's end too.
+
+    Raises:
+        InvalidArgumentError: SWTPM_KEY_INVALID.
+    """
+    if not content:
+        raise InvalidArgumentError(
+            "SWTPM_KEY_INVALID", "the password file is empty", subject=subject, remedy="name the file that swtpm was given"
+        )
+    if kdf is Kdf.SHA512:
+        return hashlib.sha512(content).digest()[: mode.key_size]
+    return hashlib.pbkdf2_hmac("sha512", content, _PBKDF2_SALT, _PBKDF2_ITERATIONS, mode.key_size)
+
+
+def mode_of(data: bytes, *, subject: str = "") -> KeyMode | None:
+    """Return how a state file says it is encrypted; None for a plain one.
+
+    Raises:
+        SealedStateError: as `parse`.
+    """
+    return _file_mode(_header(data, subject), subject)
+
+
+def parse(data: bytes, key: bytes | None = None, *, subject: str = "") -> bytes:
+    """Return libtpms' state out of a state file; with `key` if it is encrypted.
+
+    Raises:
+        SealedStateError: SWTPM_STATE_INVALID, SWTPM_STATE_VERSION_UNSUPPORTED, SWTPM_STATE_NOT_AUTHENTIC.
+        InvalidArgumentError: SWTPM_STATE_TOO_LARGE, SWTPM_STATE_ENCRYPTED, SWTPM_STATE_NOT_ENCRYPTED, SWTPM_KEY_INVALID.
+    """
+    mode = _file_mode(_header(data, subject), subject)
+    if mode is None:
+        if key is not None:
+            # Who gives a key expects a file that nobody else could have written.
+            raise InvalidArgumentError(
+                "SWTPM_STATE_NOT_ENCRYPTED",
+                "a key was given, but the state is not encrypted",
+                subject=subject,
+                remedy="if this is the right file, leave the key away",
+            )
+        return _only(_records(data[_HEADER.size :], subject), _Tag.DATA, subject)
+    if key is None:
+        raise InvalidArgumentError(
+            "SWTPM_STATE_ENCRYPTED",
+            f"the state is encrypted with {mode.value}",
+            subject=subject,
+            remedy="give the key that swtpm's --key was given: --key-file FILE or --password-file FILE",
+        )
+    return _decrypt(_records(data[_HEADER.size :], subject), key, mode, subject)
+
+
+def build(payload: bytes, key: bytes | None = None) -> bytes:
+    """Return a state file with libtpms' state, encrypted if a key of 16 or 32 bytes is given."""
+    if key is None:
+        return _with_header(_Flag(0), _record(_Tag.DATA, payload))
+    if len(key) not in (16, 32):
+        raise InvalidArgumentError("SWTPM_KEY_INVALID", "a key has 16 or 32 bytes", remedy="give a key of that size")
+    # swtpm pads to the size of the key and stores an IV of that size, of which AES uses the first 16 bytes.
+    iv = os.urandom(len(key))
+    padder = PKCS7(len(key) * 8).padder()
+    encryptor = Cipher(algorithms.AES(key), modes.CBC(iv[:_AES_BLOCK_SIZE])).encryptor()
+    ciphertext = encryptor.update(padder.update(payload) + padder.finalize()) + encryptor.finalize()
+    records = _record(_Tag.ENCRYPTED_DATA, ciphertext) + _record(_Tag.HMAC, _mac(key, ciphertext, iv)) + _record(_Tag.IV, iv)
+    return _with_header(_Flag.ENCRYPTED | (_Flag.KEY_256_BIT if len(key) == 32 else _Flag(0)), records)
+
+
+def payload_of(blob: bytes, *, subject: str = "") -> bytes:
+    """Return libtpms' state out of a blob of GET_STATEBLOB or SET_STATEBLOB.
+
+    Raises:
+        SealedStateError: SWTPM_STATE_INVALID, SWTPM_STATE_VERSION_UNSUPPORTED.
+        InvalidArgumentError: SWTPM_STATE_TOO_LARGE, SWTPM_STATE_ENCRYPTED.
+    """
+    flags = _header(blob, subject)
+    if flags & (_Flag.ENCRYPTED | _Flag.MIGRATION_ENCRYPTED):
+        raise InvalidArgumentError(
+            "SWTPM_STATE_ENCRYPTED",
+            "the state blob is encrypted with a key of swtpm's --key or --migration-key",
+            subject=subject,
+            remedy="start swtpm without --migration-key, and ask it for decrypted state",
+        )
+    if flags != _Flag.MIGRATION_DATA:
+        raise _invalid(f"flags 0x{flags:x} are not those of migration data", subject)
+    outer = _only(_records(blob[_HEADER.size :], subject), _Tag.MIGRATION_DATA, subject)
+    return _only(_records(outer, subject), _Tag.DATA, subject)
+
+
+def check_permanent(payload: bytes, *, subject: str = "") -> None:
+    """Refuse what is plainly not a TPM 2.0's permanent state, before a TPM is asked to take it.
+
+    Raises:
+        SealedStateError: SWTPM_STATE_NOT_PERMANENT.
+    """
+    if len(payload) < _PERMANENT.size or _PERMANENT.unpack_from(payload)[1] != _PERMANENT_MAGIC:
+        raise SealedStateError(
+            "SWTPM_STATE_NOT_PERMANENT",
+            "this is not the permanent state of a TPM 2.0",
+            subject=subject,
+            remedy="name the directory that holds tpm2-00.permall of a TPM 2.0",
+        )
+
+
+def _invalid(what: str, subject: str) -> SealedStateError:
+    return SealedStateError("SWTPM_STATE_INVALID", f"this is no sound swtpm state: {what}", subject=subject, remedy=_DAMAGED)
+
+
+def _header(data: bytes, subject: str) -> _Flag:
+    """Check the header and return its flags."""
+    if len(data) > MAX_STATE_SIZE:
+        raise InvalidArgumentError(
+            "SWTPM_STATE_TOO_LARGE",
+            f"{len(data)} bytes are more than any TPM's state ({MAX_STATE_SIZE})",
+            subject=subject,
+            remedy="name the directory of swtpm's state",
+        )
+    if len(data) < _HEADER.size:
+        raise _invalid(f"{len(data)} bytes are less than its header", subject)
+    version, min_version, header_size, flags, size = _HEADER.unpack_from(data)
+    if header_size != _HEADER.size or size != len(data):
+        raise _invalid("the lengths in its header do not fit", subject)
+    if version != _VERSION or min_version > _VERSION:
+        raise SealedStateError(
+            "SWTPM_STATE_VERSION_UNSUPPORTED",
+            f"the format has version {version} (readers need {min_version}); version {_VERSION} is supported",
+            subject=subject,
+            remedy=_REWRITE,
+        )
+    return _Flag(flags)
+
+
+def _file_mode(flags: _Flag, subject: str) -> KeyMode | None:
+    if flags not in _FILE_MODES:
+        raise _invalid(f"flags 0x{flags:x} are not those of a state file", subject)
+    return _FILE_MODES[flags]
+
+
+def _records(data: bytes, subject: str) -> dict[int, bytes]:
+    """Split into records; each must fit, and none may come twice."""
+    found: dict[int, bytes] = {}
+    offset = 0
+    while offset < len(data):
+        if len(data) - offset < _RECORD.size:
+            raise _invalid("a record is cut off", subject)
+        tag, size = _RECORD.unpack_from(data, offset)
+        offset += _RECORD.size
+        if size > len(data) - offset:
+            raise _invalid(f"record {tag} claims more than there is", subject)
+        if tag in found:
+            raise _invalid(f"record {tag} comes twice", subject)
+        found[tag] = data[offset : offset + size]
+        offset += size
+    return found
+
+
+def _only(records: Mapping[int, bytes], tag: _Tag, subject: str) -> bytes:
+    """Return the data of the one record that may be there."""
+    if set(records) != {tag}:
+        raise _invalid(f"records {sorted(records)} instead of {tag.value}", subject)
+    if not records[tag]:
+        raise _invalid(f"record {tag.value} is empty", subject)
+    return records[tag]
+
+
+def _decrypt(records: Mapping[int, bytes], key: bytes, mode: KeyMode, subject: str) -> bytes:
+    if len(key) != mode.key_size:
+        raise InvalidArgumentError(
+            "SWTPM_KEY_INVALID",
+            f"the state is encrypted with {mode.value}, the key has {len(key) * 8} bits",
+            subject=subject,
+            remedy=f"give the key of swtpm's --key …,mode={mode.value}",
+        )
+    # A file without an IV, which swtpm would read, is refused: the MAC covers ciphertext and IV without a mark between them, so
+    # that an IV could be passed off as the last of the ciphertext.
+    if set(records) != {_Tag.ENCRYPTED_DATA, _Tag.HMAC, _Tag.IV}:
+        raise _invalid(f"records {sorted(records)} instead of ciphertext, MAC and IV", subject)
+    ciphertext, iv = records[_Tag.ENCRYPTED_DATA], records[_Tag.IV]
+    if len(iv) != len(key) or not ciphertext or len(ciphertext) % len(key):
+        raise _invalid("IV or ciphertext are of an impossible size", subject)
+    if not hmac.compare_digest(_mac(key, ciphertext, iv), records[_Tag.HMAC]):
+        raise SealedStateError(
+            "SWTPM_STATE_NOT_AUTHENTIC",
+            "the MAC does not fit: the key is another one, or the file was changed",
+            subject=subject,
+            remedy="give the key (and for a password the --kdf) that swtpm was given, or take the state from a backup",
+        )
+    decryptor = Cipher(algorithms.AES(key), modes.CBC(iv[:_AES_BLOCK_SIZE])).decryptor()
+    unpadder = PKCS7(len(key) * 8).unpadder()
+    try:
+        payload = unpadder.update(decryptor.update(ciphertext) + decryptor.finalize()) + unpadder.finalize()
+    except ValueError:
+        raise _invalid("the padding is wrong", subject) from None
+    if not payload:
+        raise _invalid("it is empty", subject)
+    return payload
+
+
+def _mac(key: bytes, ciphertext: bytes, iv: bytes) -> bytes:
+    return hmac.digest(key, ciphertext + iv, "sha256")
+
+
+def _record(tag: _Tag, data: bytes) -> bytes:
+    return _RECORD.pack(tag, len(data)) + data
+
+
+def _with_header(flags: _Flag, records: bytes) -> bytes:
+    return _HEADER.pack(_VERSION, _MIN_VERSION, _HEADER.size, flags, _HEADER.size + len(records)) + records
