@@ -1,4 +1,4 @@
-"""`./script/bench [--write] [socket create restart memory quotes]`: print a table, keep it in docs/performance.md."""
+"""`./script/bench [--write] [socket … boot]`: print a table, keep it in docs/performance.md."""
 
 from __future__ import annotations
 

@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.bench import swtpm
+from tests.bench.blackout import blackout
+from tests.bench.boot import boot
 from tests.bench.measure import Row, alternate, micros, millis, placed, private_memory, round_trips
 from tests.support import raw
 from tests.support.daemon import ROOT, DaemonProcess, worker_pids
@@ -153,4 +155,6 @@ ROWS = {
     "restart": restart,
     "memory": memory,
     "quotes": quotes,
+    "blackout": blackout,
+    "boot": boot,
 }

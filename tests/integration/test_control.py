@@ -83,6 +83,27 @@ def test_a_second_vm_is_refused_while_the_first_lives(daemon: DaemonProcess, off
     assert "INSTANCE_IN_USE" in daemon.log_text()
 
 
+def test_nobody_beside_the_vm_resets_its_tpm_or_takes_its_state(daemon: DaemonProcess, off: pb.Instance, vm: Vmm) -> None:
+    expected = prepare(vm)
+    beside = Vmm(f"{off.tpm_socket}.ctrl")
+    refused = bytes.fromhex("00000009")
+    assert beside.ask(vmm.INIT, bytes(4)) == refused
+    assert beside.ask(vmm.STOP) == refused
+    assert beside.ask(vmm.SHUTDOWN) == refused
+    assert beside.ask(vmm.GET_STATE, struct.pack(">III", 1, 1, 0)) == refused
+    assert beside.ask(vmm.SET_STATE, struct.pack(">III", 0, 2, 4) + bytes(4)) == refused
+    assert beside.ask(vmm.STORE_VOLATILE) == refused
+    assert beside.ask(vmm.HASH_START) == refused
+    assert beside.ask(vmm.LOCALITY, b"\3\0\0\0") == refused
+    assert len(beside.ask(vmm.CAPABILITY)) == 8
+    assert beside.ask(vmm.LOCALITY, bytes(4)) == ok
+    reset = daemon.vtpm("instance", "reset", off.name, check=False)
+    assert reset.returncode == 5
+    assert b"INSTANCE_IN_USE" in reset.stderr
+    assert marks(vm) == expected
+    assert daemon.get(off.name).state == pb.ON
+
+
 def test_the_service_and_the_vm_use_the_same_tpm(daemon: DaemonProcess, off: pb.Instance, vm: Vmm) -> None:
     raw.rc_of(vm.tpm(raw.pcr_extend(0, b"\x07" * 32)))
     read = daemon.client.call(

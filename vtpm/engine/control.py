@@ -28,6 +28,10 @@ class Platform(Protocol):
     def powered(self) -> bool:
         """Whether the TPM is initialised."""
 
+    @property
+    def attached(self) -> bool:
+        """Whether a VM's control connection is open."""
+
     def init(self, flags: int) -> None:
         """_TPM_Init, with the states that were set."""
 
@@ -97,7 +101,7 @@ class ControlChannel:
             return False
         try:
             for command, request in self._reader.feed(data):
-                last = command is ControlCommand.SHUTDOWN
+                last = command is ControlCommand.SHUTDOWN and (self.attached or not self._platform.attached)
                 self._connection.sendall(CODE.pack(Result.SUCCESS) if last else self._answer(command, request))
                 if last:
                     self._platform.power_off()
@@ -130,6 +134,9 @@ class ControlChannel:
     def _serve(self, command: ControlCommand, request: bytes) -> bytes | int:
         """Return the whole answer, or the TPM_RESULT that is all of it."""
         platform = self._platform
+        if not self.attached and platform.attached and not _harmless(command, request):
+            # Invariant 2: the power and the states of a TPM whose VM runs are that VM's alone.
+            return Result.FAIL
         match command:
             case ControlCommand.GET_CAPABILITY:
                 return struct.pack(">Q", ptm.CAPABILITIES)
@@ -232,3 +239,20 @@ class ControlChannel:
         except VtpmError:
             return Result.BAD_PARAMETER
         return Result.SUCCESS
+
+
+def _harmless(command: ControlCommand, request: bytes) -> bool:
+    """Whether a request may come from beside the VM: what tpm2-tss asks before it uses the data socket."""
+    match command:
+        case (
+            ControlCommand.GET_CAPABILITY
+            | ControlCommand.GET_TPMESTABLISHED
+            | ControlCommand.GET_CONFIG
+            | ControlCommand.GET_INFO
+        ):
+            return True
+        case ControlCommand.SET_LOCALITY:
+            # There is one locality for all data connections.
+            return request[0] == 0
+        case _:
+            return False

@@ -21,6 +21,10 @@ class Power(Protocol):
     def powered(self) -> bool:
         """Whether the TPM is initialised."""
 
+    @property
+    def attached(self) -> bool:
+        """Whether a VM's control connection is open."""
+
     def turn_on(self, permanent: bytes, volatile: bytes | None = None) -> None:
         """_TPM_Init."""
 
@@ -56,6 +60,11 @@ class VmPlatform:
     def powered(self) -> bool:
         """See Platform."""
         return self._power.powered
+
+    @property
+    def attached(self) -> bool:
+        """See Platform."""
+        return self._power.attached
 
     def init(self, flags: int) -> None:
         """See Platform. The states are used up, whatever `flags` says of a volatile state's file."""

@@ -264,12 +264,7 @@ class Lifecycle:
         record = await self.blocking(self.store.get, ref)
         async with self.lock(record.id):
             if await self.settled(record.id):
-                raise FailedPreconditionError(
-                    "INSTANCE_IN_USE",
-                    "another VM is attached to the instance",
-                    subject=record.name,
-                    remedy="end that VM, or give this one an instance of its own",
-                )
+                raise _in_use(record, "end that VM, or give this one an instance of its own")
             running = self._running.get(record.id)
             if running is None:
                 await self._power_on(await self._current(ref, None), startup_clear=False, without_init=True)
@@ -314,7 +309,9 @@ class Lifecycle:
         """_TPM_Init; takes a FAILED instance back to ON."""
         record = await self.blocking(self.store.get, ref)
         async with self.lock(record.id):
-            await self.settled(record.id)
+            if await self.settled(record.id):
+                # Invariant 2: fresh PCRs under a running VM would let it forge its boot.
+                raise _in_use(record, "reset the VM, which resets its TPM")
             record = await self._current(ref, revision)
             running = self._running.get(record.id)
             match record.state:
@@ -406,3 +403,7 @@ class Lifecycle:
                 f"there is no engine {name[:80]!r} here; there are {', '.join(self.engines)}",
                 kind=ErrorKind.INVALID_ARGUMENT,
             ) from None
+
+
+def _in_use(record: InstanceRecord, remedy: str) -> FailedPreconditionError:
+    return FailedPreconditionError("INSTANCE_IN_USE", "a VM is attached to the instance", subject=record.name, remedy=remedy)
