@@ -21,7 +21,7 @@ from vtpm.api.v1 import instance_pb2 as pb
 from vtpm.cli import output
 from vtpm.cli.client import Client
 from vtpm.cli.context import NameArgument, OutputOption, connected, describe, say
-from vtpm.cli.instances import LabelOption, _create, _labels
+from vtpm.cli.instances import LabelOption, create_one, parse_labels
 from vtpm.cli.output import Format
 from vtpm.cli.swtpm_files import PERMANENT, VOLATILE, KeySource, locked, prepare, read_state, state_directory, write_state
 from vtpm.errors import FailedPreconditionError, SealedStateError, UnavailableError, VtpmError
@@ -60,7 +60,7 @@ def import_instance(
 ) -> None:
     """Create an instance from swtpm's state; the VM must be shut down."""
     _forbid_dumps()
-    labels = _labels(label)
+    labels = parse_labels(label)
     directory = state_directory(from_swtpm)
     # Locked to the end, so that no swtpm starts with the same TPM meanwhile.
     with locked(directory):
@@ -73,7 +73,7 @@ def import_instance(
             )
         payload = read_state(directory / PERMANENT, KeySource(key_file, key_format, password_file, kdf), mode)
         with connected() as client:
-            imported = _import(client, name, labels, payload)
+            imported = import_state(client, name, labels, payload)
     output.instance(imported, form)
     say(f"{directory} is still a working copy of this TPM: destroy it, and its backups")
 
@@ -111,7 +111,7 @@ def _forbid_dumps() -> None:
 # ---- the instance --------------------------------------------------------------------------------------------------------
 
 
-def _import(client: Client, name: str, labels: dict[str, str], payload: bytes) -> pb.Instance:
+def import_state(client: Client, name: str, labels: dict[str, str], payload: bytes) -> pb.Instance:
     """Create an instance and give it the state; if that fails, no instance is left."""
     # The cheapest keys, as the state brings its own.
     profile = pb.Profile(ek_algorithms=[pb.ECC_P256])
@@ -121,7 +121,7 @@ def _import(client: Client, name: str, labels: dict[str, str], payload: bytes) -
         signal.signal(number, lambda number, _frame: sys.exit(128 + number))
     made: pb.Instance | None = None
     try:
-        made = _create(client, request)
+        made = create_one(client, request)
         put_state(made.control_socket, payload)
         _wait_until_off(client, made.id)
         # Powered on once, it gets the service's AK.
@@ -131,7 +131,7 @@ def _import(client: Client, name: str, labels: dict[str, str], payload: bytes) -
         if made is None and not isinstance(error, VtpmError):
             # Interrupted before the answer: the same request gives what it made.
             with contextlib.suppress(VtpmError):
-                made = _create(client, request)
+                made = create_one(client, request)
         if made is not None:
             _remove(client, made.id)
         raise

@@ -39,7 +39,7 @@ def _choices(text: str, table: dict[str, Any], what: str) -> list[Any]:
     return [table[name] for name in names]
 
 
-def _labels(pairs: list[str]) -> dict[str, str]:
+def parse_labels(pairs: list[str]) -> dict[str, str]:
     labels = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
@@ -74,13 +74,15 @@ def create(
     )
     names = [name] if name else [f"{prefix}{number}" for number in range(1, count + 1)]
     requests = [
-        pb.CreateInstanceRequest(name=item, labels=_labels(label), profile=profile, engine=engine, request_id=str(uuid.uuid4()))
+        pb.CreateInstanceRequest(
+            name=item, labels=parse_labels(label), profile=profile, engine=engine, request_id=str(uuid.uuid4())
+        )
         for item in names
     ]
     with connected() as client:
 
         def one(request: pb.CreateInstanceRequest) -> pb.Instance:
-            made = _create(client, request)
+            made = create_one(client, request)
             return _start(client, made.id) if start else made
 
         if not count:
@@ -94,7 +96,7 @@ def _start(client: Client, instance: str) -> pb.Instance:
     return started
 
 
-def _create(client: Client, request: pb.CreateInstanceRequest) -> pb.Instance:
+def create_one(client: Client, request: pb.CreateInstanceRequest) -> pb.Instance:
     """Create; a daemon that is away for a moment is asked again, safely, as the request carries its id."""
     for attempt in range(_CREATE_TRIES):
         try:

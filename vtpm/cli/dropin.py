@@ -1,0 +1,232 @@
+"""`vtpm-swtpm`: takes swtpm's command line and its place, with the TPM in a sandboxed worker of its own.
+
+What a caller waits for is the time until the socket is there, so that modules are imported where they are needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, NoReturn, TextIO
+
+from vtpm import __version__
+from vtpm.cli.dropin_options import Options, parse, refused
+from vtpm.cli.dropin_process import NAME, Log, daemonize, detach, run_as, write_pid
+from vtpm.errors import VtpmError
+
+if TYPE_CHECKING:
+    from vtpm.cli.dropin_control import Control, Tpm
+    from vtpm.cli.dropin_state import StateDirectory
+    from vtpm.engine.standalone import StandaloneTpm
+
+# The swtpm whose command line and protocol this is.
+SWTPM_VERSION: Final = "0.7.1"
+_FEATURES: Final = (
+    "tpm-2.0",
+    "tpm-send-command-header",
+    "flags-opt-startup",
+    "cmdarg-seccomp",
+    "cmdarg-key-fd",
+    "cmdarg-pwd-fd",
+    "cmdarg-print-states",
+    "nvram-backend-dir",
+    "rsa-keysize-2048",
+    "rsa-keysize-3072",
+)
+_USAGE: Final = """\
+Usage: swtpm socket [options]
+
+A TPM 2.0 in the place of swtpm's (docs/dropin.md); the options are those of swtpm(8):
+
+--tpm2 --tpmstate dir=<dir>[,mode=0...]|backend-uri=dir://<dir>
+--server type=unixio,path=<path>[,mode=0...][,uid=uid][,gid=gid]|type=tcp,port=<port>[,bindaddr=<address>]|fd=<fd>[,disconnect]
+--ctrl type=unixio,path=<path>[,mode=0...][,uid=uid][,gid=gid]|type=tcp,port=<port>|fd=<fd>|clientfd=<fd>[,terminate]
+--flags [not-need-init][,startup-clear|startup-state|startup-none]
+--key file=<path>|fd=<fd>|pwdfile=<path>|pwdfd=<fd>[,mode=aes-128-cbc|aes-256-cbc][,format=hex|binary][,kdf=pbkdf2|sha512]
+--locality [reject-locality-4][,allow-set-locality]   --seccomp action=none|kill   --runas <user>
+--pid file=<path>|fd=<fd>   --log file=<path>|fd=<fd>[,level=n][,prefix=<prefix>][,truncate]
+-d|--daemon   -t|--terminate   -p|--port <port>   -f|--fd <fd>   --print-capabilities   --print-states   -h|--help
+"""
+_CHARDEVS: Final = Path("/dev/vtpmx")
+_USE_DAEMON: Final = "VTPM_SWTPM_USE_DAEMON"
+_STARTUPS: Final = {"startup-clear": 0, "startup-state": 1}
+
+
+def main() -> NoReturn:
+    """Run with the process's arguments; ends it with swtpm's exit statuses."""
+    try:
+        status = run(sys.argv[1:])
+    except VtpmError as error:
+        sys.stderr.write(f"{NAME}: {error}\n")
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Nothing is left to do, and the interpreter's own end takes longer than all of it.
+    os._exit(status)
+
+
+def run(arguments: list[str]) -> int:
+    """Run with these arguments; return the exit status.
+
+    Raises:
+        VtpmError: they were refused, or the TPM could not be started.
+    """
+    match arguments[:1]:
+        case ["socket"]:
+            options = parse(arguments[1:])
+        case ["-v" | "--version"]:
+            sys.stdout.write(f"TPM emulator version {SWTPM_VERSION}, vtpm {__version__}\n")
+            return 0
+        case ["-h" | "--help"]:
+            sys.stdout.write(_USAGE)
+            return 0
+        case ["chardev"]:
+            _chardev()
+        case ["cuse"]:
+            raise refused("a character device by CUSE is not supported", "use the form: swtpm socket …")
+        case []:
+            raise refused("Missing TPM interface type.", "use the form: swtpm socket …")
+        case _:
+            raise refused(f"Unsupported TPM interface type '{arguments[0]}'.", "use the form: swtpm socket …")
+    match options.action:
+        case "--help":
+            sys.stdout.write(_USAGE)
+        case "--print-capabilities":
+            capabilities = {"type": "swtpm", "features": list(_FEATURES), "version": SWTPM_VERSION}
+            sys.stdout.write(_json(capabilities) + "\n")
+        case "--print-states":
+            from vtpm.cli.dropin_state import StateDirectory
+
+            sizes = StateDirectory(options.directory).sizes()
+            states = [{"name": name, "size": size} for name, size in sizes.items()]
+            sys.stdout.write(_json({"type": "swtpm", "states": states}) + "\n")
+        case _:
+            return _serve(options)
+    return 0
+
+
+def _json(value: object) -> str:
+    # As swtpm spaces it, for those who look for a text in it.
+    text = json.dumps(value)
+    return "{ " + text[1:-1].replace('": [', '": [ ').replace("]", " ]").replace("[  ]", "[]") + " }"
+
+
+def _chardev() -> NoReturn:
+    if not _CHARDEVS.exists():
+        raise refused(f"Could not open {_CHARDEVS}: there is no such device", "use the form: swtpm socket …")
+    raise refused("the form `chardev` is not supported", "use the form: swtpm socket …")
+
+
+def _serve(options: Options) -> int:
+    ready = daemonize() if options.daemon else None
+    try:
+        return _run_tpm(options, ready)
+    except VtpmError as error:
+        if ready is not None:
+            ready.write(str(error))
+            ready.close()
+            return 1
+        raise
+
+
+def _run_tpm(options: Options, ready: TextIO | None) -> int:
+    from vtpm.cli.dropin_state import StateDirectory, read_key
+    from vtpm.engine import sandbox
+
+    if options.run_as:
+        # Before any file is touched, as swtpm does it, but while the modules can still be read, wherever they are.
+        import vtpm.cli.dropin_serve
+        import vtpm.engine.standalone
+        import vtpm.wire.swtpm_state  # noqa: F401
+
+        run_as(options.run_as)
+    log = Log(options, quiet=options.daemon)
+
+    key = read_key(options.key)
+    sandbox.forbid_dumps()
+    state = StateDirectory(options.directory, options.state_mode, key)
+    state.lock()
+    fresh = None
+    tpm: Tpm
+    if os.environ.get(_USE_DAEMON) == "1":
+        from vtpm.cli.dropin_daemon import DaemonTpm, NoFiles, instance_for
+
+        tpm = DaemonTpm(instance_for(options.directory, state).control_socket)
+        state = NoFiles(options.directory)
+    else:
+        tpm, fresh = _alone(options, state, log)
+    failure = ""
+    try:
+        _serve_clients(options, tpm, state, fresh, encrypted=key is not None, log=log, ready=ready)
+    finally:
+        tpm.stop()
+        failure = tpm.wait()
+        if failure:
+            log.line(failure)
+        if options.pid_file:
+            with contextlib.suppress(OSError):
+                Path(options.pid_file).unlink()
+    return 1 if failure else 0
+
+
+def _alone(options: Options, state: StateDirectory, log: Log) -> tuple[StandaloneTpm, bytes | None]:
+    """Start a worker with the directory's state; return it, and the state of a fresh TPM, which is in no file yet."""
+    from vtpm.engine.standalone import StandaloneTpm
+
+    permanent = state.read()
+    tpm = StandaloneTpm(state.write, filtered=options.filtered, errors_fd=log.fd)
+    fresh = tpm.manufacture() if permanent is None else None
+    tpm.start(permanent or fresh or b"")
+    return tpm, fresh
+
+
+def _serve_clients(
+    options: Options,
+    tpm: Tpm,
+    state: StateDirectory,
+    fresh: bytes | None,
+    *,
+    encrypted: bool,
+    log: Log,
+    ready: TextIO | None,
+) -> None:
+    from vtpm.cli.dropin_control import Control
+    from vtpm.cli.dropin_serve import Server
+
+    control = Control(tpm, state, fresh=fresh, encrypted=encrypted, reject_locality_4=options.reject_locality_4)
+    if not options.need_init:
+        _start(options, tpm, control)
+    server = Server(options, tpm, control)
+    try:
+        server.listen()
+        write_pid(options)
+        if ready is not None:
+            detach(ready)
+        if log.fd != 2 and not ready:
+            os.dup2(log.fd, 2)
+        server.run()
+        if not control.ended:
+            with contextlib.suppress(VtpmError):
+                control.suspend()
+    finally:
+        server.close()
+
+
+def _start(options: Options, tpm: Tpm, control: Control) -> None:
+    from vtpm.tpm.codes import CommandCode
+    from vtpm.tpm.command import HEADER, build
+
+    if not control.initialise():
+        raise refused("Error: Could not initialize libtpms: it refuses the state", "take the state from a backup")
+    if options.startup in _STARTUPS:
+        response = tpm.execute(build(CommandCode.Startup, _STARTUPS[options.startup].to_bytes(2, "big")))
+        rc = HEADER.unpack_from(response)[2]
+        if rc not in (0, 0x100):
+            raise refused(f"the TPM answered TPM2_Startup with 0x{rc:x}", "give --flags startup-clear")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""The control channel of a TPM that runs alone: requests go on to the worker, but for what concerns the state directory."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import struct
+from typing import Final, Protocol
+
+from vtpm.cli.dropin_state import StateDirectory
+from vtpm.errors import EngineError, VtpmError
+from vtpm.tpm.ptm import CODE, INIT_DELETE_VOLATILE, BlobType, ControlCommand, Result, migration_blob, state_of
+
+_CONFIG_FILE_KEY: Final = 1
+_GET_DECRYPTED: Final = 1
+_HEAD: Final = 12
+# What follows the TPM_RESULT of a success, if anything does.
+_TAILS: Final = {ControlCommand.GET_TPMESTABLISHED: 4, ControlCommand.SET_BUFFERSIZE: 12}
+
+
+class Data(Protocol):
+    """Who serves the data channel."""
+
+    def take(self, connection: socket.socket) -> bool:
+        """Serve it; False if there is one already."""
+
+
+class Tpm(Protocol):
+    """A worker with its state: a StandaloneTpm, or an instance of the daemon."""
+
+    pidfd: int
+    failure: str
+
+    def connect(self) -> socket.socket:
+        """Return a control connection, whose end is the end of the run."""
+
+    def execute(self, command: bytes) -> bytes:
+        """Run a TPM command."""
+
+    def commands_since(self) -> int:
+        """Count the commands since the last such question."""
+
+    def stop(self) -> None:
+        """End the run."""
+
+    def wait(self) -> str:
+        """Wait for the end; return what went wrong."""
+
+
+class Control:
+    """Answers control requests. Power, and what of it concerns the files, goes through here."""
+
+    def __init__(
+        self,
+        tpm: Tpm,
+        state: StateDirectory,
+        *,
+        fresh: bytes | None,
+        encrypted: bool,
+        reject_locality_4: bool,
+    ) -> None:
+        self._tpm = tpm
+        self._state = state
+        # A state that is in no file yet.
+        self._fresh = fresh
+        self._encrypted = encrypted
+        self._reject_locality_4 = reject_locality_4
+        self._worker = tpm.connect()
+        self._suspended = False
+        self.ended = False
+        self.data: Data | None = None
+
+    # ---- the worker ------------------------------------------------------------------------------------------------------
+
+    def _forward(self, command: ControlCommand, payload: bytes = b"", fds: tuple[int, ...] = ()) -> bytes:
+        try:
+            message = CODE.pack(command) + payload
+            if fds:
+                socket.send_fds(self._worker, [message], fds)
+            else:
+                self._worker.sendall(message)
+            answer = self._exactly(8 if command is ControlCommand.GET_CAPABILITY else 4)
+            result = CODE.unpack_from(answer)[0]
+            if result == Result.SUCCESS and command in _TAILS:
+                answer += self._exactly(_TAILS[command])
+            elif result == Result.SUCCESS and command is ControlCommand.GET_INFO:
+                answer += self._exactly(8)
+                answer += self._exactly(CODE.unpack_from(answer, 8)[0])
+            elif result in (Result.SUCCESS, Result.RETRY) and command is ControlCommand.GET_STATEBLOB:
+                answer += self._exactly(_HEAD)
+                answer += self._exactly(CODE.unpack_from(answer, 12)[0])
+        except OSError:
+            raise EngineError("WORKER_GONE", self._tpm.failure or "the TPM's process has ended") from None
+        return answer
+
+    def _exactly(self, size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            part = self._worker.recv(size - len(data))
+            if not part:
+                raise ConnectionError
+            data += part
+        return data
+
+    def give_data(self, connection: socket.socket) -> bool:
+        """Have the worker serve a data channel; False while it serves another."""
+        return self._forward(ControlCommand.SET_DATAFD, fds=(connection.fileno(),)) == CODE.pack(Result.SUCCESS)
+
+    def set_locality(self, locality: int) -> bool:
+        """Set the locality of the data channel; False if it is refused."""
+        if locality == 4 and self._reject_locality_4:
+            return False
+        return self._forward(ControlCommand.SET_LOCALITY, bytes((locality,))) == CODE.pack(Result.SUCCESS)
+
+    def _volatile(self) -> bytes | None:
+        answer = self._forward(ControlCommand.GET_STATEBLOB, struct.pack(">III", _GET_DECRYPTED, BlobType.VOLATILE, 0))
+        return state_of(answer[16:]) if answer.startswith(CODE.pack(Result.SUCCESS)) else None
+
+    # ---- requests --------------------------------------------------------------------------------------------------------
+
+    def answer(self, command: ControlCommand, payload: bytes, fds: list[int]) -> bytes:
+        """Return the answer to a request.
+
+        Raises:
+            EngineError: the worker is gone.
+        """
+        match command:
+            case ControlCommand.GET_CONFIG:
+                return struct.pack(">II", Result.SUCCESS, _CONFIG_FILE_KEY if self._encrypted else 0)
+            case ControlCommand.SET_LOCALITY if payload[0] == 4 and self._reject_locality_4:
+                return CODE.pack(Result.BAD_LOCALITY)
+            case ControlCommand.SET_DATAFD:
+                return CODE.pack(self._set_data(fds))
+            case ControlCommand.INIT:
+                return self._initialise(payload)
+            case ControlCommand.STORE_VOLATILE:
+                return self._store_volatile()
+            case ControlCommand.GET_STATEBLOB if self._encrypted and not CODE.unpack_from(payload)[0] & _GET_DECRYPTED:
+                # It is asked for encrypted, which the worker can't do.
+                return CODE.pack(Result.FAIL)
+            case ControlCommand.SHUTDOWN:
+                self.suspend()
+                self.ended = True
+                return self._forward(command)
+            case _:
+                return self._forward(command, payload)
+
+    def _set_data(self, fds: list[int]) -> int:
+        if len(fds) != 1 or not stat.S_ISSOCK(os.fstat(fds[0]).st_mode):
+            return Result.BAD_PARAMETER
+        connection = socket.socket(fileno=os.dup(fds[0]))
+        if connection.type != socket.SOCK_STREAM:
+            connection.close()
+            return Result.BAD_PARAMETER
+        assert self.data is not None
+        if self.data.take(connection):
+            return Result.SUCCESS
+        connection.close()
+        return Result.IOERROR
+
+    def initialise(self) -> bool:
+        """_TPM_Init without anybody asking for it."""
+        return self._initialise(bytes(4)) == CODE.pack(Result.SUCCESS)
+
+    def _initialise(self, payload: bytes) -> bytes:
+        self._suspended = False
+        try:
+            volatile = None if CODE.unpack(payload)[0] & INIT_DELETE_VOLATILE else self._state.read_volatile()
+        except VtpmError:
+            # Closed on doubt (invariant 7): a damaged volatile state must not become a fresh start.
+            return CODE.pack(Result.FAIL)
+        if volatile is not None:
+            self._forward(ControlCommand.STOP)
+            blob = migration_blob(volatile)
+            answer = self._forward(ControlCommand.SET_STATEBLOB, struct.pack(">III", 0, BlobType.VOLATILE, len(blob)) + blob)
+            if answer != CODE.pack(Result.SUCCESS):
+                return answer
+        self._state.drop_volatile()
+        answer = self._forward(ControlCommand.INIT, payload)
+        if answer == CODE.pack(Result.SUCCESS) and self._fresh is not None:
+            self._state.write_first(self._fresh)
+            self._fresh = None
+        return answer
+
+    def _store_volatile(self) -> bytes:
+        answer = self._forward(ControlCommand.STORE_VOLATILE)
+        if answer == CODE.pack(Result.SUCCESS):
+            self._suspended = True
+            self._tpm.commands_since()
+        return answer
+
+    def suspend(self) -> None:
+        """Before an orderly end: keep the volatile state if STORE_VOLATILE was said and no command came after it.
+
+        Not at STORE_VOLATILE itself: were this process killed later, an old state would come back (invariant 2).
+        """
+        if self._suspended and not self._tpm.commands_since():
+            volatile = self._volatile()
+            if volatile is not None:
+                self._state.write_volatile(volatile)

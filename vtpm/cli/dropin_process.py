@@ -1,0 +1,105 @@
+"""The process of a drop-in replacement: its log, its user, its life as a daemon, its PID file."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from typing import Final, TextIO
+
+from vtpm.cli.dropin_options import Options, refused
+
+NAME: Final = "swtpm"
+
+
+class Log:
+    """Lines in swtpm's log file, or on standard error."""
+
+    def __init__(self, options: Options, *, quiet: bool) -> None:
+        fields = options.log
+        self._prefix = fields.get("prefix", "")
+        self.fd = 2
+        if fields.get("file") == "-" or (quiet and not {"file", "fd"} & fields.keys()):
+            self.fd = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        elif "file" in fields:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_APPEND
+            flags |= os.O_TRUNC if "truncate" in fields else 0
+            try:
+                self.fd = os.open(fields["file"], flags, 0o640)
+            except OSError as error:
+                raise refused(f"Could not open logfile {fields['file']}: {error.strerror}") from None
+        elif "fd" in fields:
+            try:
+                self.fd = int(fields["fd"])
+                os.fstat(self.fd)
+            except (ValueError, OSError):
+                raise refused(f"Error parsing logging options: bad file descriptor '{fields['fd']}'") from None
+        if fields and not fields.get("level", "1").isdecimal():
+            raise refused("Error parsing logging options: the level is no number")
+        if int(fields.get("level", "1")) >= 5:
+            self.line("level: what libtpms and the channels do is not logged; only events are")
+
+    def line(self, text: str) -> None:
+        """Write a line."""
+        with contextlib.suppress(OSError):
+            os.write(self.fd, f"{self._prefix}{NAME}: {text}\n".encode(errors="replace"))
+
+
+def daemonize() -> TextIO:
+    """Go on in a daemon; the process that was called ends once the TPM can be used, or says why it can't."""
+    reader, writer = os.pipe()
+    sys.stdout.flush()
+    if os.fork():
+        os.close(writer)
+        with open(reader, encoding="utf-8", errors="replace") as stream:  # noqa: PTH123  # a descriptor
+            word = stream.read()
+        if word != "\n":
+            sys.stderr.write(f"{NAME}: {word or 'the TPM could not be started'}\n")
+            sys.stderr.flush()
+        os._exit(0 if word == "\n" else 1)
+    os.close(reader)
+    os.setsid()
+    return open(writer, "w", encoding="utf-8")  # noqa: PTH123  # a descriptor, closed by who is ready
+
+
+def detach(ready: TextIO) -> None:
+    """Let go of the caller's terminal and directory, and tell it that the TPM can be used."""
+    os.chdir("/")
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    if null > 2:
+        os.close(null)
+    ready.write("\n")
+    ready.close()
+
+
+def run_as(user: str) -> None:
+    """Become `user`, a name or a number, with its groups."""
+    import pwd
+
+    try:
+        entry = pwd.getpwuid(int(user)) if user.isdecimal() else pwd.getpwnam(user)
+    except KeyError:
+        raise refused(f"User '{user}' does not exist.") from None
+    try:
+        os.initgroups(entry.pw_name, entry.pw_gid)
+        os.setgid(entry.pw_gid)
+        os.setuid(entry.pw_uid)
+    except OSError as error:
+        raise refused(f"Could not become user '{user}': {error.strerror}") from None
+
+
+def write_pid(options: Options) -> None:
+    """Write the PID where it is asked for."""
+    text = str(os.getpid()).encode()
+    try:
+        if options.pid_file:
+            file = os.open(options.pid_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640)
+            os.write(file, text)
+            os.close(file)
+        if options.pid_fd >= 0:
+            os.write(options.pid_fd, text)
+            os.close(options.pid_fd)
+    except OSError as error:
+        raise refused(f"Could not write the PID file: {error.strerror}") from None

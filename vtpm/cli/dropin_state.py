@@ -1,0 +1,168 @@
+"""swtpm's state directory, owned for the time of a run: its lock, its key, and files that are written durably."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from vtpm.cli.swtpm_files import PERMANENT, VOLATILE
+from vtpm.errors import FailedPreconditionError, InvalidArgumentError
+
+_LOCK: Final = ".lock"
+_MAX_KEY_FILE_SIZE: Final = 4096
+_MODES: Final = {"aes-cbc": "aes-128-cbc", "aes-128-cbc": "aes-128-cbc", "aes-256-cbc": "aes-256-cbc"}
+
+
+def read_key(fields: Mapping[str, str]) -> bytes | None:
+    """Return the key that the fields of `--key` name; None without any."""
+    if not fields:
+        return None
+    from vtpm.wire import swtpm_state
+    from vtpm.wire.swtpm_state import Kdf, KeyFormat, KeyMode
+
+    sources = [name for name in ("file", "fd", "pwdfile", "pwdfd") if name in fields]
+    if len(sources) != 1:
+        raise InvalidArgumentError("USAGE", "--key needs one of file, fd, pwdfile and pwdfd")
+    source = sources[0]
+    try:
+        mode = KeyMode(_MODES[fields.get("mode", "aes-128-cbc")])
+        form, kdf = KeyFormat(fields.get("format", "hex")), Kdf(fields.get("kdf", "pbkdf2"))
+        place = int(fields[source]) if source.endswith("fd") else fields[source]
+    except (KeyError, ValueError):
+        raise InvalidArgumentError("USAGE", "Error parsing key options: unknown mode, format, kdf or descriptor") from None
+    try:
+        with open(place, "rb") as stream:  # noqa: PTH123  # may be a descriptor
+            content = stream.read(_MAX_KEY_FILE_SIZE)
+        if fields.get("remove", "false") in ("true", "1") and isinstance(place, str):
+            Path(place).unlink()
+    except OSError as error:
+        raise InvalidArgumentError("FILE_UNREADABLE", f"Unable to open file {place}: {error.strerror}") from None
+    if source.startswith("pwd"):
+        return swtpm_state.key_from_password(content, mode, kdf, subject=str(place))
+    return swtpm_state.key_from_file(content, mode, form, subject=str(place))
+
+
+class StateDirectory:
+    """A state directory. `mode` is that of the files; `key` encrypts them."""
+
+    def __init__(self, directory: Path, mode: int = 0o640, key: bytes | None = None) -> None:
+        self._directory = directory
+        self._mode = mode
+        self._key = key
+        self._lock_fd = -1
+        # The commit thread writes, and the loop writes a first state.
+        self._writing = threading.Lock()
+        self._written = False
+
+    def lock(self) -> None:
+        """Keep every swtpm away from this directory, for the life of this process.
+
+        Raises:
+            InvalidArgumentError: FILE_UNWRITABLE.
+            FailedPreconditionError: SWTPM_RUNNING.
+        """
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            self._lock_fd = os.open(self._directory / _LOCK, flags, self._mode)
+        except OSError as error:
+            raise InvalidArgumentError(
+                "FILE_UNWRITABLE", f"can't be used: {error.strerror}", subject=str(self._directory)
+            ) from None
+        try:
+            # The same kind of lock as swtpm's; the kernel takes it back however this process ends.
+            fcntl.lockf(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise FailedPreconditionError(
+                "SWTPM_RUNNING",
+                "Could not lock access to lockfile: another TPM is running on this state",
+                subject=str(self._directory),
+                remedy="end it first",
+            ) from None
+
+    def read(self) -> bytes | None:
+        """Return the permanent state; None if there is none yet.
+
+        Raises:
+            VtpmError: there is one that can't be used; it is left as it is (invariant 7).
+        """
+        payload = self._read(PERMANENT)
+        if payload is not None:
+            from vtpm.wire import swtpm_state
+
+            swtpm_state.check_permanent(payload, subject=str(self._directory / PERMANENT))
+        return payload
+
+    def read_volatile(self) -> bytes | None:
+        """Return the volatile state that a suspended TPM left; None if it did not."""
+        return self._read(VOLATILE)
+
+    def _read(self, name: str) -> bytes | None:
+        path = self._directory / name
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise InvalidArgumentError("FILE_UNREADABLE", f"can't be read: {error.strerror}", subject=str(path)) from None
+        from vtpm.wire import swtpm_state
+
+        return swtpm_state.parse(data, self._key, subject=str(path))
+
+    def write(self, state: bytes) -> None:
+        """Make the permanent state durable, as one step."""
+        with self._writing:
+            self._write(PERMANENT, state)
+            self._written = True
+
+    def write_first(self, state: bytes) -> None:
+        """The same for a state that is older than any that `write` was given."""
+        with self._writing:
+            if not self._written:
+                self._write(PERMANENT, state)
+
+    def write_volatile(self, state: bytes) -> None:
+        """The same for the volatile state of a TPM that goes to sleep."""
+        self._write(VOLATILE, state)
+
+    def drop_volatile(self) -> None:
+        """Forget the volatile state durably: it is used once (invariant 2)."""
+        with contextlib.suppress(FileNotFoundError):
+            (self._directory / VOLATILE).unlink()
+            self._sync()
+
+    def _write(self, name: str, state: bytes) -> None:
+        from vtpm.wire import swtpm_state
+
+        data = swtpm_state.build(state, self._key)
+        # One name, so that a crash leaves at most one; nobody else writes here, the lock sees to that.
+        temporary = self._directory / f"TMP-{name}"
+        file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, self._mode)
+        try:
+            os.fchmod(file, self._mode)
+            os.write(file, data)
+            os.fsync(file)
+            if os.fstat(file).st_size != len(data):
+                raise OSError("the disk is full")
+        finally:
+            os.close(file)
+        temporary.replace(self._directory / name)
+        self._sync()
+
+    def _sync(self) -> None:
+        opened = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+
+    def sizes(self) -> dict[str, int]:
+        """Return what `--print-states` tells: swtpm's names of the states that are there, with the sizes of their files."""
+        names = {"permall": PERMANENT, "volatilestate": VOLATILE}
+        return {
+            name: (self._directory / file).stat().st_size for name, file in names.items() if (self._directory / file).exists()
+        }
