@@ -40,6 +40,7 @@ def _choices(text: str, table: dict[str, Any], what: str) -> list[Any]:
 
 
 def parse_labels(pairs: list[str]) -> dict[str, str]:
+    """Return labels written as KEY=VALUE."""
     labels = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")

@@ -209,15 +209,17 @@ def key_algorithm(tpmt_public: bytes) -> KeyAlgorithm | None:
     return {int(EccCurve.NIST_P256): KeyAlgorithm.ECC_P256, int(EccCurve.NIST_P384): KeyAlgorithm.ECC_P384}.get(area.curve)
 
 
-def is_ak(tpmt_public: bytes) -> bool:
-    """Whether a key can be an AK: it never left its TPM and signs only what that TPM itself made (Part 1, 31).
+_AK_NEEDED: Final = int(
+    ObjectAttribute.FIXED_TPM | ObjectAttribute.FIXED_PARENT | ObjectAttribute.RESTRICTED | ObjectAttribute.SIGN
+)
+_AK_FORBIDDEN: Final = int(ObjectAttribute.DECRYPT)
 
-    Raises:
-        InvalidArgumentError: PUBLIC_AREA_INVALID.
-    """
-    needed = ObjectAttribute.FIXED_TPM | ObjectAttribute.FIXED_PARENT | ObjectAttribute.RESTRICTED | ObjectAttribute.SIGN
-    attributes = parse_public(tpmt_public).attributes
-    return attributes & needed == needed and not attributes & ObjectAttribute.DECRYPT
+
+def is_ak(tpmt_public: bytes) -> bool:
+    """Whether a key can be an AK: it never left its TPM and signs only what that TPM itself made (Part 1, 31)."""
+    # Kind and nameAlg, then the attributes. Plain numbers: workers do this, and enumerations touch much memory.
+    attributes = int.from_bytes(tpmt_public[4:8], "big")
+    return attributes & (_AK_NEEDED | _AK_FORBIDDEN) == _AK_NEEDED
 
 
 def public_key(tpmt_public: bytes) -> rsa.RSAPublicKey | ec.EllipticCurvePublicKey:

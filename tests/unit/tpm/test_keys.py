@@ -21,6 +21,7 @@ from vtpm.tpm.keys import (
     ak_template,
     ek_handle,
     ek_template,
+    is_ak,
     name_of,
     parse_public,
     public_key,
@@ -210,3 +211,17 @@ def test_any_bytes_are_a_public_area_or_are_refused(data: bytes) -> None:
     else:
         reason = ""
     assert reason in {"", "PUBLIC_AREA_INVALID"}
+
+
+def test_an_ak_is_told_from_other_keys(ecc_public: bytes) -> None:
+    template = ak_template(KeyAlgorithm.ECC_P256)
+    assert is_ak(template)
+    assert is_ak(ak_template(KeyAlgorithm.RSA_2048))
+    assert not is_ak(ecc_public)
+    for algorithm in KeyAlgorithm:
+        assert not is_ak(ek_template(algorithm))
+    # fixedTPM, fixedParent, restricted, sign: without any of them a signature proves nothing.
+    attributes = int.from_bytes(template[4:8], "big")
+    for bit in (1 << 1, 1 << 4, 1 << 16, 1 << 18):
+        assert attributes & bit
+        assert not is_ak(template[:4] + (attributes & ~bit).to_bytes(4, "big") + template[8:])
