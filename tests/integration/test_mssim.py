@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -228,11 +229,25 @@ def test_several_clients_at_once_get_their_own_answers(simulator: Simulator) -> 
         assert list(pool.map(count, range(1, 9))) == [{12 + size} for size in range(1, 9)]
 
 
-def test_a_hash_sequence_is_not_pretended(simulator: Simulator) -> None:
-    with simulator.connect() as sock:
-        sock.sendall(struct.pack(">I", 5))
-        assert rest(sock) == b""
-    assert "MSSIM_HASH_UNSUPPORTED" in simulator.daemon.log_text()
+def test_an_h_crtm_event_is_measured_before_the_startup(simulator: Simulator) -> None:
+    def pcr_0(*parts: bytes) -> bytes:
+        assert simulator.signal(17) == DONE
+        with simulator.connect() as sock:
+            if parts:
+                sock.sendall(struct.pack(">I", 5))
+                assert receive(sock, 4) == DONE
+                for part in parts:
+                    sock.sendall(struct.pack(">II", 6, len(part)) + part)
+                    assert receive(sock, 4) == DONE
+                sock.sendall(struct.pack(">I", 7))
+                assert receive(sock, 4) == DONE
+            assert raw.rc_of(simulator.ask(sock, raw.startup_clear())) == 0
+            return simulator.ask(sock, raw.pcr_read(0))[-32:]
+
+    # The event at locality 4 makes PCR 0 begin at 4 (PC Client Platform TPM Profile, 4.5).
+    event = hashlib.sha256(b"firmware volume").digest()
+    assert pcr_0(b"firmware", b" volume") == hashlib.sha256(bytes(31) + b"\x04" + event).digest()
+    assert pcr_0() == bytes(32)
 
 
 @pytest.mark.parametrize("code", [SESSION_END, STOP])

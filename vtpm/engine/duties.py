@@ -12,6 +12,7 @@ from vtpm.tpm.command import HEADER, HEADER_SIZE, MAX_COMMAND_SIZE
 from vtpm.tpm.eventlog import event2, spec_id_header
 from vtpm.tpm.keys import KeyAlgorithm
 from vtpm.tpm.pcr import PcrBank, PcrSelection
+from vtpm.tpm.ptm import ControlCommand
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from vtpm.engine.software import SoftwareTpm
 
 MAX_EVENT_LOG_SIZE: Final = 256 << 10
-_NEED_POWER: Final = frozenset(("read_pcrs", "quote", "measure", "get_event_log", "get_keys"))
+_NEED_POWER: Final = frozenset(("read_pcrs", "quote", "measure", "get_event_log", "get_keys", "hash_sequence"))
 _RUN_COMMANDS: Final = _NEED_POWER | {"execute"}
 
 
@@ -36,6 +37,9 @@ class Power(Protocol):
     @property
     def imported(self) -> bool:
         """Whether a state was set by the VM's side."""
+
+    def hash_sequence(self, command: ControlCommand, data: bytes) -> int:
+        """A part of an H-CRTM event; a TPM_RESULT."""
 
     def turn_on(self, permanent: bytes) -> None:
         """_TPM_Init."""
@@ -71,7 +75,7 @@ class Duties:
             "measure": self._measure,
             "get_event_log": self._get_event_log,
             "reset": self._reset,
-            "set_locality": self._set_locality,
+            "hash_sequence": self._hash_sequence,
             "get_status": self._get_status,
             "get_keys": self._get_keys,
             "stop": self._stop,
@@ -174,8 +178,14 @@ class Duties:
         finally:
             tpm.locality = guest_locality
 
-    def _set_locality(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:
-        self._tpm.locality = request.set_locality.locality
+    def _hash_sequence(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:
+        if self._power.attached:
+            raise FailedPreconditionError(
+                "INSTANCE_IN_USE", "the H-CRTM event of a VM that runs is that VM's alone", remedy="end the VM"
+            )
+        order = request.hash_sequence
+        if result := self._power.hash_sequence(ControlCommand(order.command), order.data):
+            raise FailedPreconditionError("HASH_REFUSED", f"the TPM refuses the H-CRTM event with TPM_RESULT 0x{result:x}")
         reply.done.SetInParent()
 
     def _get_keys(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:

@@ -11,6 +11,7 @@ from typing import Protocol
 from vtpm.engine.v1 import link_pb2 as pb
 from vtpm.store.model import KeyRecord, ProfileRecord, SealedState, StateCommit
 from vtpm.tpm.pcr import PcrBank, PcrSelection
+from vtpm.tpm.ptm import ControlCommand
 
 # Makes state commits durable together; one answer each, empty or the reason of the refusal (vtpm.store.Store.commit).
 CommitFunction = Callable[[Sequence[StateCommit]], Sequence[str]]
@@ -142,8 +143,8 @@ class RunningTpm(Protocol):
     async def reset(self, *, startup_clear: bool) -> None:
         """_TPM_Init: volatile state is dropped."""
 
-    async def set_locality(self, locality: int) -> None:
-        """Set the locality of the VM's data channel."""
+    async def hash_sequence(self, command: ControlCommand, data: bytes) -> None:
+        """HASH_START, HASH_DATA or HASH_END: a part of an H-CRTM event."""
 
     async def status(self, *, counts: bool = False) -> pb.Status:
         """Say whether a VM's control connection is open; with `counts`, return and clear the command counts."""

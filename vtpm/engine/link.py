@@ -21,6 +21,7 @@ from vtpm.errors import EngineError, ErrorKind, TpmError, VtpmError
 from vtpm.store.model import KeyRecord
 from vtpm.tpm.codes import response_code_name
 from vtpm.tpm.pcr import PcrBank, PcrSelection
+from vtpm.tpm.ptm import ControlCommand
 
 _MAX_MESSAGE_SIZE: Final = 256 << 10
 _START_TIMEOUT_S: Final = 20.0
@@ -278,9 +279,9 @@ class WorkerLink(asyncio.Protocol):
         """See RunningTpm."""
         await self.request(pb.WorkerRequest(reset=pb.Reset(startup_clear=startup_clear)))
 
-    async def set_locality(self, locality: int) -> None:
+    async def hash_sequence(self, command: ControlCommand, data: bytes) -> None:
         """See RunningTpm."""
-        await self.request(pb.WorkerRequest(set_locality=pb.SetLocality(locality=locality)))
+        await self.request(pb.WorkerRequest(hash_sequence=pb.HashSequence(command=command, data=data)))
 
     async def status(self, *, counts: bool = False) -> pb.Status:
         """See RunningTpm."""

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from vtpm.engine.operations import Operations
     from vtpm.engine.software import SoftwareTpm
     from vtpm.tpm.keys import KeyAlgorithm
+    from vtpm.tpm.ptm import ControlCommand
 
 # What the engine host sends along with descriptors: a new daemon's sockets, a VM's control connection.
 ATTACH: Final = b"A"
@@ -233,6 +234,10 @@ class Worker:
         # Without a daemon the next one finds out by the status.
         with contextlib.suppress(OSError):
             self._ops.sendall(frame(reply.SerializeToString()))
+
+    def hash_sequence(self, command: ControlCommand, data: bytes) -> int:
+        """See vtpm.engine.duties.Power."""
+        return self._platform.hash_sequence(command, data)
 
     def serve_vm(self, connection: socket.socket) -> bool:
         """See Power."""

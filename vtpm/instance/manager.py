@@ -33,6 +33,7 @@ from vtpm.seal.keys import WrappedKey, new_data_key
 from vtpm.store.filter import parse_filter
 from vtpm.store.model import Filter, InstanceRecord, InstanceState, NewInstance
 from vtpm.tpm.pcr import PcrSelection
+from vtpm.tpm.ptm import ControlCommand
 
 log: Final = structlog.get_logger("vtpm.instance")
 
@@ -285,9 +286,9 @@ class InstanceManager:
         """Run one raw command; a TPM_RC other than success is in the response."""
         return await (await self._tpm(ref)).tpm.execute(command, locality)
 
-    async def set_locality(self, ref: str, locality: int) -> None:
-        """Set the locality of the VM's data channel."""
-        await (await self._tpm(ref)).tpm.set_locality(locality)
+    async def hash_sequence(self, ref: str, command: ControlCommand, data: bytes) -> None:
+        """HASH_START, HASH_DATA or HASH_END: a part of an H-CRTM event."""
+        await (await self._tpm(ref)).tpm.hash_sequence(command, data)
 
     async def read_pcrs(self, ref: str, selections: Sequence[PcrSelection]) -> PcrValues:
         """Read PCRs; an empty selection reads all of every allocated bank."""

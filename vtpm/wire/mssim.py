@@ -20,6 +20,7 @@ import structlog
 from vtpm.errors import ConfigError, VtpmError
 from vtpm.store.model import InstanceRecord
 from vtpm.tpm.command import error_response
+from vtpm.tpm.ptm import ControlCommand
 from vtpm.wire.listening import QuietLog, accept_forever
 from vtpm.wire.mssim_protocol import U32, Code, Port, Request, RequestReader
 
@@ -38,6 +39,13 @@ _RECEIVE_SIZE: Final = 8192
 _BACKLOG: Final = 16
 
 
+_HASH_COMMANDS: Final = {
+    Code.HASH_START: ControlCommand.HASH_START,
+    Code.HASH_DATA: ControlCommand.HASH_DATA,
+    Code.HASH_END: ControlCommand.HASH_END,
+}
+
+
 class MssimInstances(Protocol):
     """What the ports need of vtpm.instance.manager.InstanceManager."""
 
@@ -46,6 +54,9 @@ class MssimInstances(Protocol):
 
     async def execute(self, ref: str, command: bytes, locality: int) -> bytes:
         """Run one raw command."""
+
+    async def hash_sequence(self, ref: str, command: ControlCommand, data: bytes) -> None:
+        """A part of an H-CRTM event."""
 
     async def start(self, ref: str, *, startup_clear: bool, revision: int | None) -> InstanceRecord:
         """Power on."""
@@ -235,9 +246,8 @@ class _Connection:
         return await self._instances.execute(self._id, request.body, request.locality)
 
     async def _hash(self, request: Request) -> bytes | None:
-        # The place for the H-CRTM sequence: a call for each code, then `return _DONE`. Success is not pretended.
-        self._refuse("MSSIM_HASH_UNSUPPORTED")
-        return None
+        await self._instances.hash_sequence(self._id, _HASH_COMMANDS[request.code], request.body)
+        return _DONE
 
     async def _signal(self, code: Code) -> bytes:
         try:

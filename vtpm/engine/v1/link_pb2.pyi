@@ -358,10 +358,10 @@ class WorkerRequest(_message.Message):
     MEASURE_FIELD_NUMBER: _builtins.int
     GET_EVENT_LOG_FIELD_NUMBER: _builtins.int
     RESET_FIELD_NUMBER: _builtins.int
-    SET_LOCALITY_FIELD_NUMBER: _builtins.int
     STOP_FIELD_NUMBER: _builtins.int
     GET_STATUS_FIELD_NUMBER: _builtins.int
     GET_KEYS_FIELD_NUMBER: _builtins.int
+    HASH_SEQUENCE_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     @_builtins.property
     def manufacture(self) -> Global___Manufacture: ...
@@ -380,13 +380,13 @@ class WorkerRequest(_message.Message):
     @_builtins.property
     def reset(self) -> Global___Reset: ...
     @_builtins.property
-    def set_locality(self) -> Global___SetLocality: ...
-    @_builtins.property
     def stop(self) -> Global___Stop: ...
     @_builtins.property
     def get_status(self) -> Global___GetStatus: ...
     @_builtins.property
     def get_keys(self) -> Global___GetKeys: ...
+    @_builtins.property
+    def hash_sequence(self) -> Global___HashSequence: ...
     def __init__(
         self,
         *,
@@ -399,16 +399,16 @@ class WorkerRequest(_message.Message):
         measure: Global___Measure | None = ...,
         get_event_log: Global___GetEventLog | None = ...,
         reset: Global___Reset | None = ...,
-        set_locality: Global___SetLocality | None = ...,
         stop: Global___Stop | None = ...,
         get_status: Global___GetStatus | None = ...,
         get_keys: Global___GetKeys | None = ...,
+        hash_sequence: Global___HashSequence | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "execute", b"execute", "get_event_log", b"get_event_log", "get_keys", b"get_keys", "get_status", b"get_status", "load", b"load", "manufacture", b"manufacture", "measure", b"measure", "quote", b"quote", "read_pcrs", b"read_pcrs", "reset", b"reset", "set_locality", b"set_locality", "stop", b"stop"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "execute", b"execute", "get_event_log", b"get_event_log", "get_keys", b"get_keys", "get_status", b"get_status", "hash_sequence", b"hash_sequence", "load", b"load", "manufacture", b"manufacture", "measure", b"measure", "quote", b"quote", "read_pcrs", b"read_pcrs", "reset", b"reset", "stop", b"stop"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "execute", b"execute", "get_event_log", b"get_event_log", "get_keys", b"get_keys", "get_status", b"get_status", "id", b"id", "load", b"load", "manufacture", b"manufacture", "measure", b"measure", "quote", b"quote", "read_pcrs", b"read_pcrs", "reset", b"reset", "set_locality", b"set_locality", "stop", b"stop"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "execute", b"execute", "get_event_log", b"get_event_log", "get_keys", b"get_keys", "get_status", b"get_status", "hash_sequence", b"hash_sequence", "id", b"id", "load", b"load", "manufacture", b"manufacture", "measure", b"measure", "quote", b"quote", "read_pcrs", b"read_pcrs", "reset", b"reset", "stop", b"stop"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["manufacture", "load", "execute", "read_pcrs", "quote", "measure", "get_event_log", "reset", "set_locality", "stop", "get_status", "get_keys"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["manufacture", "load", "execute", "read_pcrs", "quote", "measure", "get_event_log", "reset", "stop", "get_status", "get_keys", "hash_sequence"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -1012,23 +1012,28 @@ class Reset(_message.Message):
 Global___Reset: _TypeAlias = Reset  # noqa: Y015
 
 @_typing.final
-class SetLocality(_message.Message):
+class HashSequence(_message.Message):
+    """A part of an H-CRTM event; `command` is one of the control protocol's HASH_START, HASH_DATA and HASH_END."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
-    LOCALITY_FIELD_NUMBER: _builtins.int
-    locality: _builtins.int
+    COMMAND_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    command: _builtins.int
+    data: _builtins.bytes
     def __init__(
         self,
         *,
-        locality: _builtins.int = ...,
+        command: _builtins.int = ...,
+        data: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["locality", b"locality"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "data", b"data"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___SetLocality: _TypeAlias = SetLocality  # noqa: Y015
+Global___HashSequence: _TypeAlias = HashSequence  # noqa: Y015
 
 @_typing.final
 class Stop(_message.Message):
