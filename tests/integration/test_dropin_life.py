@@ -26,13 +26,8 @@ def path_with_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`swtpm` on PATH is ours."""
     directory = tmp_path / "bin"
     directory.mkdir()
-    root = Path(__file__).parents[2]
-    for name, module in (("swtpm", "dropin"), ("swtpm_setup", "dropin_setup")):
-        script = directory / name
-        script.write_text(
-            f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(root)!r})\nfrom vtpm.cli.{module} import main\nmain()\n"
-        )
-        script.chmod(0o755)
+    for name, ours in (("swtpm", "vtpm-swtpm"), ("swtpm_setup", "vtpm-swtpm-setup")):
+        (directory / name).symlink_to(Path(sys.executable).with_name(ours))
     monkeypatch.setenv("PATH", f"{directory}:{os.environ['PATH']}")
 
 
