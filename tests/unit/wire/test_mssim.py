@@ -14,6 +14,7 @@ import pytest
 from tests.support.ports import free_pair
 from vtpm.errors import ConfigError, FailedPreconditionError, NotFoundError
 from vtpm.store.model import InstanceRecord
+from vtpm.tpm.ptm import ControlCommand
 from vtpm.wire import mssim
 from vtpm.wire.mssim import MssimServers
 
@@ -58,6 +59,9 @@ class Instances:
         if self.error is not None:
             raise self.error
         return await self.get("vm")
+
+    async def hash_sequence(self, ref: str, command: ControlCommand, data: bytes) -> None:
+        self.calls.append(command.name.lower())
 
 
 class Served:
