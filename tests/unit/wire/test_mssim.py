@@ -62,6 +62,8 @@ class Instances:
 
     async def hash_sequence(self, ref: str, command: ControlCommand, data: bytes) -> None:
         self.calls.append(command.name.lower())
+        if self.error is not None:
+            raise self.error
 
 
 class Served:
@@ -174,10 +176,21 @@ async def test_the_end_of_a_session_and_stop_end_the_connection_alone(served: Se
     assert await (await served.platform()).ask(signal(11), 4) == DONE
 
 
-@pytest.mark.parametrize("sent", [signal(5), signal(7), struct.pack(">II", 6, 3) + b"abc"])
-async def test_success_of_a_hash_sequence_is_not_pretended(served: Served, sent: bytes) -> None:
+HASH_PARTS = {"hash_start": signal(5), "hash_data": struct.pack(">II", 6, 3) + b"abc", "hash_end": signal(7)}
+
+
+async def test_the_parts_of_an_h_crtm_event_reach_the_instance(served: Served) -> None:
     client = await served.commands()
-    client.writer.write(sent)
+    for part in HASH_PARTS.values():
+        assert await client.ask(part, 4) == DONE
+    assert served.instances.calls == list(HASH_PARTS)
+
+
+@pytest.mark.parametrize("part", HASH_PARTS)
+async def test_success_of_a_hash_sequence_is_not_pretended(served: Served, part: str) -> None:
+    served.instances.error = FailedPreconditionError("HASH_REFUSED", "the TPM refuses")
+    client = await served.commands()
+    client.writer.write(HASH_PARTS[part])
     assert await client.closed() == b""
 
 
