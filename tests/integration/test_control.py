@@ -83,6 +83,20 @@ def test_a_second_vm_is_refused_while_the_first_lives(daemon: DaemonProcess, off
     assert "INSTANCE_IN_USE" in daemon.log_text()
 
 
+def test_a_vm_attaches_however_many_clients_there_are(daemon: DaemonProcess, running: pb.Instance) -> None:
+    others = [raw.connect(running.tpm_socket) for _ in range(16)]
+    others += [raw.connect(f"{running.tpm_socket}.ctrl") for _ in range(8)]
+    raw.succeed(others[0], raw.pcr_read(0))
+    others[-1].sendall(vmm.request(vmm.CAPABILITY))
+    assert len(others[-1].recv(16)) == 8
+    machine = Vmm(running.control_socket).boot()
+    assert raw.rc_of(machine.tpm(raw.pcr_read(0))) == 0
+    assert machine.ask(vmm.SHUTDOWN) == ok
+    daemon.until(running.name, pb.OFF)
+    for sock in others:
+        sock.close()
+
+
 def test_nobody_beside_the_vm_resets_its_tpm_or_takes_its_state(daemon: DaemonProcess, off: pb.Instance, vm: Vmm) -> None:
     expected = prepare(vm)
     beside = Vmm(f"{off.tpm_socket}.ctrl")

@@ -50,7 +50,10 @@ class DataChannels:
         """Serve a connection, if there are not too many."""
         if len(self._connections) >= MAX_CONNECTIONS:
             connection.close()
-            return
+        else:
+            self._add(connection)
+
+    def _add(self, connection: socket.socket) -> None:
         connection.setblocking(False)
         fd = connection.fileno()
         self._connections[fd] = connection
@@ -61,7 +64,8 @@ class DataChannels:
         if self._vm in self._connections:
             return False
         self._vm = connection.fileno()
-        self.open(connection)
+        # However many others there are: a VM is not to lose its TPM to them.
+        self._add(connection)
         return True
 
     def set_powered(self, powered: bool) -> None:

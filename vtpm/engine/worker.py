@@ -150,7 +150,8 @@ class Worker:
             self._open_control(connection, attached=False)
 
     def _open_control(self, connection: socket.socket, *, attached: bool) -> None:
-        if len(self._controls) >= MAX_CONTROLS or (attached and self.attached):
+        # The limit is for the others: a VM is not to lose its TPM to them.
+        if self.attached if attached else len(self._controls) >= MAX_CONTROLS:
             connection.close()
             return
         # A VMM that does not read its answers is waited for no longer than this.
