@@ -87,6 +87,12 @@ class Settings(BaseSettings):
     drain_timeout_s: float = Field(
         default=10, ge=0, le=3600, description="How long running calls may take when the daemon stops."
     )
+    idle_timeout_s: float = Field(
+        default=30,
+        ge=0,
+        le=86400,
+        description="Without a command for so long an instance hibernates: it has no process until the next one; 0: never.",
+    )
     max_running: int = Field(default=0, ge=0, description="How many instances may be ON at once; 0: no limit.")
     worker_memory_limit_mb: int = Field(default=256, ge=64, le=4096, description="Bound of a worker's data segment in MiB.")
     max_message_size_bytes: int = Field(default=4 << 20, ge=64 << 10, le=64 << 20, description="Largest gRPC message.")

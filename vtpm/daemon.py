@@ -101,6 +101,7 @@ class Daemon:
                 ChangeHub(),
                 boot_id=_BOOT_ID.read_text().strip(),
                 max_running=settings.max_running,
+                idle_timeout_s=settings.idle_timeout_s,
             )
             stack.push_async_callback(lifecycle.close)
             await lifecycle.recover()

@@ -5,11 +5,12 @@ from __future__ import annotations
 import socket
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final
 
 from vtpm.engine.framing import LENGTH
 from vtpm.engine.stats import UNTIMED, CommandStats
+from vtpm.engine.v1 import link_pb2 as pb
 from vtpm.tpm.codes import TPM_RC_COMMAND_SIZE, TPM_RC_FAILURE
 from vtpm.tpm.command import HEADER, HEADER_SIZE, MAX_COMMAND_SIZE, error_response
 from vtpm.tpm.ptm import MAX_LOCALITY
@@ -67,6 +68,16 @@ class DataChannels:
         # However many others there are: a VM is not to lose its TPM to them.
         self._add(connection)
         return True
+
+    def descriptors(self) -> Iterator[tuple[pb.Role.ValueType, int]]:
+        """Every connection, and what it is, for a worker that goes on with them."""
+        for fd in self._connections:
+            yield (pb.VM_DATA if fd == self._vm else pb.DATA), fd
+
+    @property
+    def idle(self) -> bool:
+        """Whether no connection has sent half a command, and nothing is to be done before the next one."""
+        return not self.partial and self._before_next is None
 
     def set_powered(self, powered: bool) -> None:
         """Say whether the TPM is initialised; without, commands are answered as a TPM in failure mode would."""

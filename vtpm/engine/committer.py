@@ -20,11 +20,14 @@ from typing import Final
 
 import structlog
 
+from vtpm.engine.durable import SNAPSHOT_NOT_TAKEN
 from vtpm.engine.framing import FrameReader, frame
 from vtpm.engine.interface import CommitFunction
 from vtpm.engine.v1 import link_pb2 as pb
 from vtpm.errors import StoreError, VtpmError
+from vtpm.store.commits import AnyCommit
 from vtpm.store.model import StateCommit
+from vtpm.store.snapshots import SnapshotCommit, SnapshotUse
 
 log: Final = structlog.get_logger("vtpm.engine")
 
@@ -68,6 +71,7 @@ class Committer:
         self._lock = threading.Lock()
         self._closing = False
         self.trouble: StoreError | None = None
+        self._reported = float("-inf")
         self._thread = threading.Thread(target=self._run, name="vtpm-commit", daemon=True)
         self._thread.start()
 
@@ -126,15 +130,27 @@ class Committer:
         channel.sock.close()
 
     def _serve(self, arrived: list[tuple[_Channel, pb.Commit]]) -> None:
-        # The instance is the socket's, never the message's: a worker can write its own state only.
-        commits = [
-            StateCommit(channel.instance, message.epoch, message.version, message.sealed) for channel, message in arrived
-        ]
+        commits = [_to_commit(channel.instance, message) for channel, message in arrived]
         start = time.monotonic()
-        refusals = self._durably(commits)
-        if refusals is None:
-            return
+        try:
+            refusals: Sequence[str] = self._commit(commits)
+            self.trouble = None
+        except StoreError as error:
+            self._note_trouble(error, len(commits))
+            # Whoever hibernates can go on without; for the others there is no other way than to wait.
+            optional = [pair for pair in arrived if pair[1].kind == pb.Commit.SNAPSHOT]
+            self._answer(optional, [SNAPSHOT_NOT_TAKEN] * len(optional))
+            arrived = [pair for pair in arrived if pair[1].kind != pb.Commit.SNAPSHOT]
+            waiting = self._durably([_to_commit(channel.instance, message) for channel, message in arrived])
+            if waiting is None:
+                return
+            refusals = waiting
         seconds = time.monotonic() - start
+        self._answer(arrived, refusals)
+        # After the answers: nobody waits for a metric.
+        self._on_report(CommitReport(len(refusals), sum(map(bool, refusals)), seconds))
+
+    def _answer(self, arrived: list[tuple[_Channel, pb.Commit]], refusals: Sequence[str]) -> None:
         for (channel, message), refused in zip(arrived, refusals, strict=True):
             if refused:
                 log.error(
@@ -145,28 +161,39 @@ class Committer:
                     reason=refused,
                 )
             try:
-                ack = pb.CommitAck(version=message.version, refused=refused, batch_size=len(commits))
+                ack = pb.CommitAck(version=message.version, refused=refused, batch_size=len(arrived))
                 channel.sock.send(frame(ack.SerializeToString()))
             except OSError:
                 # The worker died meanwhile; its state is durable, its answer was never given.
                 self._drop(channel)
-        # After the answers: nobody waits for a metric.
-        self._on_report(CommitReport(len(commits), sum(map(bool, refusals)), seconds))
 
-    def _durably(self, commits: list[StateCommit]) -> Sequence[str] | None:
+    def _durably(self, commits: list[AnyCommit]) -> Sequence[str] | None:
         """Commit; while the store is in trouble keep trying: the workers wait, up to their own time limit."""
-        reported = 0.0
-        while not self._closing:
-            start = time.monotonic()
+        while commits and not self._closing:
+            time.sleep(_RETRY_S)
             try:
                 refusals = self._commit(commits)
             except StoreError as error:
-                self.trouble = error
-                if start - reported >= _REPORT_EVERY_S:
-                    reported = start
-                    log.error("commit.store_failed", reason=error.reason, remedy=error.remedy, waiting=len(commits))
-                time.sleep(_RETRY_S)
+                self._note_trouble(error, len(commits))
                 continue
             self.trouble = None
             return refusals
         return None
+
+    def _note_trouble(self, error: StoreError, waiting: int) -> None:
+        self.trouble = error
+        now = time.monotonic()
+        if now - self._reported >= _REPORT_EVERY_S:
+            self._reported = now
+            log.error("commit.store_failed", reason=error.reason, remedy=error.remedy, waiting=waiting)
+
+
+def _to_commit(instance: uuid.UUID, message: pb.Commit) -> AnyCommit:
+    """The instance is the socket's, never the message's: a worker can write its own state only."""
+    match message.kind:
+        case pb.Commit.SNAPSHOT:
+            return SnapshotCommit(instance, message.epoch, message.version, message.sealed, message.attached)
+        case pb.Commit.CONSUME:
+            return SnapshotUse(instance, message.epoch, message.version, message.token)
+        case _:
+            return StateCommit(instance, message.epoch, message.version, message.sealed)

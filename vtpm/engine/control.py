@@ -6,13 +6,13 @@ powered off while there is none. What a request makes of the TPM is the worker's
 
 from __future__ import annotations
 
-import array
 import os
 import socket
 import stat
 import struct
 from typing import Final, Protocol
 
+from vtpm.engine import descriptors
 from vtpm.errors import VtpmError
 from vtpm.tpm import ptm
 from vtpm.tpm.ptm import CODE, BlobType, ControlCommand, ControlReader, Result
@@ -73,29 +73,25 @@ class Platform(Protocol):
 
 
 class ControlChannel:
-    """One control connection. `attached` is that of a VMM, whose end is the end of the VM."""
+    """One control connection. `attached` is that of a VMM, whose end is the end of the VM; `resumed` one that an earlier worker
+    of the instance has served.
+    """
 
-    def __init__(self, platform: Platform, connection: socket.socket, *, attached: bool) -> None:
+    def __init__(self, platform: Platform, connection: socket.socket, *, attached: bool, resumed: bool = False) -> None:
         self._platform = platform
         self._connection = connection
         self.attached = attached
-        self._reader = ControlReader()
+        self._reader = ControlReader(resumed=resumed)
         self._descriptors: list[int] = []
 
     def on_readable(self) -> bool:
         """Serve what has come; False when the connection is over."""
-        fds = array.array("i")
         try:
-            data, ancillary, _flags, _address = self._connection.recvmsg(
-                _RECEIVE_SIZE, socket.CMSG_SPACE(_MAX_DESCRIPTORS * fds.itemsize), socket.MSG_DONTWAIT
-            )
+            data, fds = descriptors.receive(self._connection, _RECEIVE_SIZE, most=_MAX_DESCRIPTORS, flags=socket.MSG_DONTWAIT)
         except BlockingIOError:
             return True
         except OSError:
             return False
-        for level, kind, payload in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
         self._descriptors.extend(fds)
         if not data:
             return False
@@ -110,6 +106,11 @@ class ControlChannel:
         except OSError:
             return False
         return not self._reader.broken
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing of a request has come yet."""
+        return self._reader.empty and not self._descriptors
 
     def close(self) -> None:
         """Close the connection and what came with it."""

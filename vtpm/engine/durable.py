@@ -6,6 +6,7 @@ here, where the plaintext is; nothing else on the host ever holds it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import socket
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 # As long as a disk takes to sync.
 _SYNC_NS: Final = 250_000
 _COMMITS_ASLEEP: Final = 200
+# The refusal of a snapshot by a store in trouble; its worker goes on without.
+SNAPSHOT_NOT_TAKEN: Final = "SNAPSHOT_NOT_TAKEN"
 
 
 class DurableState:
@@ -38,8 +41,10 @@ class DurableState:
         self.instance = uuid.UUID(int=0)
         self.epoch = 0
         self.version = 0
+        self._snapshot_version = 0
         self._data_key = b""
         self._timeout_s = 60.0
+        self._consuming = b""
         # Whether the last commit shared its sync with nobody, and for how many more the worker waits asleep.
         self._alone = False
         self._asleep = 0
@@ -62,8 +67,23 @@ class DurableState:
         permanent = unseal(order.data_key, place, order.sealed)
         self._data_key = order.data_key
         self.epoch, self.version = order.epoch, order.place.version
+        self._snapshot_version = order.snapshot_version
         self._timeout_s = order.commit_timeout_ms / 1000
         return permanent
+
+    def open_snapshot(self, order: pb.Load) -> bytes:
+        """Unseal the snapshot that the order brings.
+
+        Raises:
+            SealedStateError: it is damaged, or another's.
+        """
+        place = Place(self.instance, StateKind.VOLATILE, order.epoch, order.snapshot_version)
+        return unseal(self._data_key, place, order.snapshot)
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is a state that commits can be made of."""
+        return bool(self._data_key)
 
     def settle(self) -> None:
         """Commit if the TPM has changed; a TPM that is just being manufactured has nowhere to commit to."""
@@ -78,18 +98,59 @@ class DurableState:
         place = Place(self.instance, StateKind.PERMANENT, self.epoch, self.version)
         sealed = seal(self._data_key, place, tpm.permanent)
         tpm.dirty = False
-        message = frame(pb.Commit(epoch=self.epoch, version=self.version, sealed=sealed).SerializeToString())
+        self._made_durable(pb.Commit(epoch=self.epoch, version=self.version, sealed=sealed))
+
+    def take_snapshot(self, plain: bytes, *, attached: bool) -> bool:
+        """Seal a snapshot and have it made durable; False if the store can't take it now.
+
+        From its acknowledgement on this worker must run no command.
+        """
+        version = self._snapshot_version + 1
+        place = Place(self.instance, StateKind.VOLATILE, self.epoch, version)
+        commit = pb.Commit(epoch=self.epoch, version=version, kind=pb.Commit.SNAPSHOT, attached=attached)
+        commit.sealed = seal(self._data_key, place, plain)
+        if self._made_durable(commit):
+            self._snapshot_version = version
+            return True
+        return False
+
+    def begin_consume(self, token: bytes) -> None:
+        """Ask the store to forget the snapshot that this worker goes on from; `finish_consume` waits until it has.
+
+        Whoever asks again with the same 16 bytes, as it lost the answer, succeeds; nobody else does (invariant 2).
+        """
+        commit = pb.Commit(epoch=self.epoch, version=self._snapshot_version, kind=pb.Commit.CONSUME, token=token)
+        self._consuming = frame(commit.SerializeToString())
+        # Sent ahead, so that the disk syncs while the TPM takes its state. If the daemon is gone, it is sent again.
+        with contextlib.suppress(OSError):
+            self._commits.sendall(self._consuming)
+
+    def finish_consume(self) -> None:
+        """Return when the snapshot is durably forgotten; before that no command may run."""
         deadline = time.monotonic() + self._timeout_s
-        while not self._try_commit(message, deadline):
+        # The answer is on its way, and a guest waits for it.
+        self._alone = True
+        message = b""
+        while self._try_commit(message, self._snapshot_version, deadline) is None:
+            self._await_daemon(deadline)
+            message = self._consuming
+
+    def _made_durable(self, commit: pb.Commit) -> bool:
+        """Wait until `commit` is durable; False if it is a snapshot that the store does not take."""
+        message = frame(commit.SerializeToString())
+        deadline = time.monotonic() + self._timeout_s
+        while (durable := self._try_commit(message, commit.version, deadline)) is None:
             # The daemon is gone. The next one brings new sockets and takes the same commit again.
             self._await_daemon(deadline)
+        return durable
 
     def use(self, commits: socket.socket) -> None:
         """Go on with another daemon's socket."""
         self._commits.close()
         self._commits = commits
 
-    def _try_commit(self, message: bytes, deadline: float) -> bool:
+    def _try_commit(self, message: bytes, version: int, deadline: float) -> bool | None:
+        """Send and wait for the answer: True for durable, False for a snapshot that was not taken, None without a daemon."""
         reader = FrameReader()
         try:
             self._commits.sendall(message)
@@ -99,17 +160,19 @@ class DurableState:
                     await_readable(self._commits, deadline)
                     data = self._commits.recv(4096)
                 if not data:
-                    return False
+                    return None
                 for reply in reader.feed(data):
                     ack = pb.CommitAck.FromString(reply)
+                    if ack.refused == SNAPSHOT_NOT_TAKEN:
+                        return False
                     if ack.refused:
                         # Somebody else owns this instance now (invariant 3), or the store is not what we left.
                         raise Exit(EXIT_COMMIT_REFUSED)
-                    if ack.version == self.version:
+                    if ack.version == version:
                         self._alone = ack.batch_size == 1
                         return True
         except OSError:
-            return False
+            return None
 
     def _receive_soon(self) -> bytes | None:
         """Ask again and again for as long as a disk takes to sync; None if nothing came.

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from vtpm.engine.channels import DataChannels
     from vtpm.engine.durable import DurableState
+    from vtpm.engine.hibernation import Hibernation
     from vtpm.engine.operations import ManufacturedKey, Operations
     from vtpm.engine.software import SoftwareTpm
 
@@ -44,6 +45,9 @@ class Power(Protocol):
     def turn_on(self, permanent: bytes) -> None:
         """_TPM_Init."""
 
+    def go_on(self, permanent: bytes, snapshot: pb.Snapshot) -> None:
+        """Take the TPM and the loop to where another worker stopped."""
+
     def start_up(self, ak_algorithm: KeyAlgorithm | None) -> None:
         """What firmware does after that."""
 
@@ -58,13 +62,20 @@ class Duties:
     """Serves one request after the other."""
 
     def __init__(
-        self, tpm: SoftwareTpm, operations: Operations, durable: DurableState, channels: DataChannels, power: Power
+        self,
+        tpm: SoftwareTpm,
+        operations: Operations,
+        durable: DurableState,
+        channels: DataChannels,
+        power: Power,
+        hibernation: Hibernation,
     ) -> None:
         self._tpm = tpm
         self._operations = operations
         self._durable = durable
         self._channels = channels
         self._power = power
+        self._hibernation = hibernation
         self._events = bytearray()
         self._requests: dict[str, Callable[[pb.WorkerRequest, pb.WorkerReply], None]] = {
             "manufacture": self._manufacture,
@@ -79,6 +90,7 @@ class Duties:
             "get_status": self._get_status,
             "get_keys": self._get_keys,
             "stop": self._stop,
+            "hibernate": self._hibernate,
         }
 
     def forget(self) -> None:
@@ -86,12 +98,21 @@ class Duties:
         self._operations.forget()
         self._events.clear()
 
+    def fill(self, snapshot: pb.Snapshot) -> None:
+        """Put into a snapshot what was measured."""
+        snapshot.events = bytes(self._events)
+
     def serve(self, message: bytes) -> tuple[bytes, int | None]:
         """Serve one request; return the reply, and the exit status if it was the last."""
         request = pb.WorkerRequest.FromString(message)
         reply = pb.WorkerReply(id=request.id)
         kind = request.WhichOneof("body") or ""
         last: int | None = None
+        if kind == "get_status":
+            # Asked for again and again, and no sign of life; a good moment to see whether there was any.
+            self._hibernation.consider()
+        else:
+            self._hibernation.requests += 1
         try:
             if kind in _NEED_POWER:
                 self._check_powered()
@@ -136,8 +157,15 @@ class Duties:
     def _load(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:
         order = request.load
         permanent = self._durable.open(order)
+        self._hibernation.after(order.idle_timeout_ms / 1000)
         reply.loaded.SetInParent()
-        if order.without_init:
+        if order.snapshot:
+            snapshot = self._hibernation.wake(self._durable.open_snapshot(order))
+            self._power.go_on(permanent, snapshot)
+            self._events += snapshot.events
+            # Invariant 2: forgotten durably before the first command runs.
+            self._durable.finish_consume()
+        elif order.without_init:
             self._tpm.permanent = permanent
         else:
             self._power.turn_on(permanent)
@@ -157,10 +185,14 @@ class Duties:
         reply.done.SetInParent()
         raise Exit(EXIT_STOPPED)
 
+    def _hibernate(self, _request: pb.WorkerRequest, _reply: pb.WorkerReply) -> None:
+        self._hibernation.hibernate_now()
+
     def _get_status(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:
         reply.status.epoch, reply.status.version = self._durable.epoch, self._durable.version
         reply.status.attached = self._power.attached
         reply.status.imported = self._power.imported
+        reply.status.loaded = self._durable.ready
         if request.get_status.counts:
             self._channels.stats.drain(reply.status)
 

@@ -10,6 +10,8 @@ EXIT_COMMIT_TIMEOUT: Final = 82
 EXIT_TPM_FAILED: Final = 83
 # The VM has ended, as its control channel says.
 EXIT_POWERED_OFF: Final = 84
+# All that the TPM has is sealed in the store, and its descriptors are with the engine host.
+EXIT_HIBERNATED: Final = 85
 
 
 class Exit(BaseException):

@@ -6,50 +6,39 @@ daemon to the worker over sockets that it only passes on.
 
 from __future__ import annotations
 
-import array
 import contextlib
+import functools
 import gc
 import os
 import select
 import signal
 import socket
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from vtpm import __version__
-from vtpm.engine import sandbox
+from vtpm.engine import descriptors, sandbox
+from vtpm.engine.children import Child, Nursery
+from vtpm.engine.exits import EXIT_HIBERNATED
 from vtpm.engine.libtpms import Libtpms
 from vtpm.engine.operations import Operations
+from vtpm.engine.parking import Parking
 from vtpm.engine.rehearsal import rehearse
-from vtpm.engine.software import ENGINES, LIBTPMS, TPM_SERVER
-from vtpm.engine.tpm_server import in_new_worker
+from vtpm.engine.software import ENGINES, LIBTPMS
 from vtpm.engine.v1 import link_pb2 as pb
-from vtpm.engine.worker import ATTACH, CONNECT, Worker
+from vtpm.engine.worker import ATTACH, CONNECT, HIBERNATE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vtpm.engine.software import SoftwareTpm
-
 # Rises when the messages between daemon, engine host and worker change in a way that an older peer can't follow.
-PROTOCOL: Final = 2
+PROTOCOL: Final = 3
 MAX_MESSAGE_SIZE: Final = 64 << 10
 _WORKERS_A_MESSAGE: Final = 500
-_MAX_DESCRIPTORS: Final = 4
-
-
-@dataclass(slots=True)
-class _Child:
-    """A running worker as the engine host knows it."""
-
-    instance: str
-    epoch: int
-    engine: str
-    pid: int
-    pidfd: int
-    link: socket.socket
+_SPARES: Final = 2
+# An instance that is parked has its listeners and connections here.
+_DESCRIPTORS: Final = 1 << 20
 
 
 class EngineHost:
@@ -57,11 +46,11 @@ class EngineHost:
 
     def __init__(self, listener: socket.socket, *, memory_limit: int) -> None:
         self._listener = listener
-        self._memory_limit = memory_limit
         self._tpm = Libtpms()
         self._operations = Operations(self._tpm)
-        self._filter = sandbox.make_filter()
-        self._children: dict[str, _Child] = {}
+        self._nursery = Nursery(self._tpm, self._operations, memory_limit=memory_limit, spares=_SPARES)
+        self._children: dict[str, Child] = {}
+        self._parking = Parking(self._on_wake)
         # Ends that no daemon has been told of.
         self._untold: list[pb.WorkerExited] = []
         self._daemon: socket.socket | None = None
@@ -74,9 +63,15 @@ class EngineHost:
             "connect": self._connect,
             "kill": self._kill,
             "quit": self._quit,
+            "thaw": self._thaw,
+            "adopt": self._adopt,
+            "forget": self._forget,
+            "hibernate_all": self._hibernate_all,
+            "hand_over": self._hand_over,
         }
         self._running = True
         self._watch(listener.fileno(), self._accept)
+        self._watch(self._parking.fileno(), self._parking.serve)
 
     def _watch(self, fd: int, handler: Callable[[], None]) -> None:
         self._handlers[fd] = handler
@@ -93,7 +88,12 @@ class EngineHost:
         gc.collect()
         gc.freeze()
         while self._running:
-            for fd, _event in self._epoll.poll(-1, 64):
+            # A missing spare is forked once nobody waits for anything.
+            ready = self._epoll.poll(0 if self._nursery.short else -1, 64)
+            if not ready:
+                child = self._nursery.add_spare()
+                self._watch(child.pidfd, functools.partial(self._on_exit, child))
+            for fd, _event in ready:
                 handler = self._handlers.get(fd)
                 if handler is not None:
                     handler()
@@ -117,30 +117,25 @@ class EngineHost:
         self._end_if_idle()
 
     def _end_if_idle(self) -> None:
-        if self._daemon is None and not self._children and not self._untold:
+        if self._daemon is None and not self._children and not self._untold and not len(self._parking):
             # Nothing to keep alive and nothing to tell: the next daemon starts a fresh one.
             self._running = False
 
     def _on_daemon(self) -> None:
         assert self._daemon is not None
-        fds = array.array("i")
+        fds: list[int] = []
         try:
-            data, ancillary, _flags, _address = self._daemon.recvmsg(
-                MAX_MESSAGE_SIZE, socket.CMSG_LEN(_MAX_DESCRIPTORS * fds.itemsize)
-            )
+            data, fds = descriptors.receive(self._daemon, MAX_MESSAGE_SIZE)
         except OSError:
-            data, ancillary = b"", []
+            data = b""
         if not data:
             self._drop_daemon()
             return
-        for level, kind, payload in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
         request = pb.HostRequest.FromString(data)
         reply = pb.HostReply(id=request.id)
         out: list[int] = []
         try:
-            out = self._requests[request.WhichOneof("body") or ""](request, list(fds), reply)
+            out = self._requests[request.WhichOneof("body") or ""](request, fds, reply)
         except (KeyError, OSError, ValueError) as error:
             reply = pb.HostReply(id=request.id, error=f"{type(error).__name__}: {error}")
         finally:
@@ -166,15 +161,18 @@ class EngineHost:
         reply.hello.engines.extend(ENGINES)
         reply.hello.exited.extend(self._untold[:_WORKERS_A_MESSAGE])
         self._untold.clear()
-        children = list(self._children.values())
-        for start in range(0, max(len(children), 1), _WORKERS_A_MESSAGE):
-            part = children[start : start + _WORKERS_A_MESSAGE]
+        children, parked = list(self._children.values()), list(self._parking.all())
+        total = max(len(children), len(parked), 1)
+        for start in range(0, total, _WORKERS_A_MESSAGE):
+            end = start + _WORKERS_A_MESSAGE
             if start:
                 reply.hello.ClearField("exited")
             reply.hello.ClearField("workers")
-            for child in part:
+            reply.hello.ClearField("parked")
+            for child in children[start:end]:
                 reply.hello.workers.add(instance=child.instance, epoch=child.epoch, pid=child.pid, engine=child.engine)
-            reply.hello.more = start + _WORKERS_A_MESSAGE < len(children)
+            reply.hello.parked.extend(parked[start:end])
+            reply.hello.more = end < total
             if reply.hello.more:
                 self._send(reply)
         return []
@@ -184,69 +182,101 @@ class EngineHost:
         engine = order.engine or LIBTPMS
         if engine not in ENGINES:
             raise ValueError("no such engine")
-        if order.instance in self._children:
+        if order.instance in self._children or order.instance in self._parking:
             raise ValueError("a worker of this instance is running")
-        if len(fds) != (4 if order.listeners else 2):
+        roles = [pb.OPERATIONS, pb.COMMITS, *([pb.DATA_LISTENER, pb.CONTROL_LISTENER] if order.listeners else [])]
+        if len(fds) != len(roles):
             raise ValueError("wrong number of descriptors")
-        link, worker_end = socket.socketpair()
-        parent = os.getpid()
-        pid = os.fork()
-        if pid == 0:
-            self._become_worker(parent, [worker_end.fileno(), *fds], order if engine == TPM_SERVER else None)
-        worker_end.close()
-        child = _Child(order.instance, order.epoch, engine, pid, os.pidfd_open(pid), link)
-        self._children[order.instance] = child
-        self._watch(child.pidfd, lambda: self._on_exit(child))
-        reply.pid = pid
+        reply.pid = self._employ(order, roles, fds)
         return []
 
-    def _become_worker(self, parent: int, fds: list[int], program: pb.Spawn | None) -> None:
-        """Never returns. `program` is the order of a worker whose TPM is a program."""
-        status = 1
-        try:
-            sandbox.die_with_parent(parent)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            host, operations, commits, *listeners = (
-                socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd) for fd in sandbox.keep_descriptors(fds)
-            )
-            tpm, operations_of_tpm = self._make_tpm(parent, program) if program else (self._tpm, self._operations)
-            worker = Worker(
-                tpm,
-                operations_of_tpm,
-                host=host,
-                operations_socket=operations,
-                commits=commits,
-                listeners=listeners,
-            )
-            if program is None:
-                sandbox.enter(self._filter, memory_limit=self._memory_limit)
-            worker.run()
-        except BaseException as error:  # noqa: BLE001  # a forked child must never return into the host's loop
-            sys.stderr.write(f"worker start: {type(error).__name__}: {error}\n")
-        finally:
-            os._exit(status)
+    def _employ(self, order: pb.Spawn, roles: list[pb.Role.ValueType], fds: list[int]) -> int:
+        """Give an instance to a worker; return its process id."""
+        while True:
+            child, fresh = self._nursery.take(order)
+            if fresh:
+                self._watch(child.pidfd, functools.partial(self._on_exit, child))
+            try:
+                child.take_over(roles, fds)
+            except OSError:
+                # A spare that has died meanwhile: its end is told of by its descriptor.
+                child.instance = ""
+                if fresh:
+                    raise
+                continue
+            self._children[order.instance] = child
+            return child.pid
 
-    def _make_tpm(self, parent: int, order: pb.Spawn) -> tuple[SoftwareTpm, Operations]:
-        sandbox.restrict(memory_limit=self._memory_limit)
-        tpm = in_new_worker(order.program, order.hidden)
-        # Again: a change of credentials, as on entering a user namespace, may clear it.
-        sandbox.die_with_parent(parent)
-        return tpm, Operations(tpm)
-
-    def _on_exit(self, child: _Child) -> None:
+    def _on_exit(self, child: Child) -> None:
         self._unwatch(child.pidfd)
         os.close(child.pidfd)
         _, wait_status = os.waitpid(child.pid, 0)
+        self._nursery.lost(child)
+        status = os.waitstatus_to_exitcode(wait_status)
+        exited = pb.WorkerExited(instance=child.instance, epoch=child.epoch, pid=child.pid, status=status)
+        if status == EXIT_HIBERNATED and (left := child.parked()) is not None:
+            self._parking.add(*left)
+            exited.parked.CopyFrom(left[0])
         child.link.close()
-        if self._children.get(child.instance) is child:
-            del self._children[child.instance]
-        exited = pb.WorkerExited(
-            instance=child.instance, epoch=child.epoch, pid=child.pid, status=os.waitstatus_to_exitcode(wait_status)
-        )
-        if self._daemon is None:
-            self._untold.append(exited)
-        else:
+        if self._children.get(child.instance) is not child:
+            # A spare: nobody knows of it.
+            return
+        del self._children[child.instance]
+        if self._daemon is not None:
             self._send(pb.HostReply(exited=exited))
+        elif not exited.HasField("parked"):
+            self._untold.append(exited)
+
+    # ---- hibernation -----------------------------------------------------------------------------------------------------
+
+    def _on_wake(self, about: pb.ParkedInstance) -> None:
+        # Without a daemon the next one finds it in the answer to its Hello.
+        if self._daemon is not None:
+            self._send(pb.HostReply(wake=pb.Wake(instance=about.instance, epoch=about.epoch)))
+
+    def _thaw(self, request: pb.HostRequest, fds: list[int], reply: pb.HostReply) -> list[int]:
+        if len(fds) != 2:
+            raise ValueError("wrong number of descriptors")
+        about, parked = self._parking.take(request.thaw.instance)
+        try:
+            order = pb.Spawn(instance=about.instance, epoch=about.epoch, engine=about.engine)
+            reply.pid = self._employ(order, [pb.OPERATIONS, pb.COMMITS, *about.roles], [*fds, *parked])
+        except BaseException:
+            about.woken = True
+            self._parking.add(about, parked)
+            raise
+        descriptors.close_all(parked)
+        return []
+
+    def _adopt(self, request: pb.HostRequest, fds: list[int], _reply: pb.HostReply) -> list[int]:
+        about = request.adopt.parked
+        if about.instance in self._children:
+            raise ValueError("a worker of this instance is running")
+        self._parking.add(about, list(fds))
+        # They are the parking's now.
+        fds.clear()
+        return []
+
+    def _forget(self, request: pb.HostRequest, _fds: list[int], _reply: pb.HostReply) -> list[int]:
+        self._parking.forget(request.forget.instance)
+        return []
+
+    def _hibernate_all(self, _request: pb.HostRequest, _fds: list[int], _reply: pb.HostReply) -> list[int]:
+        for child in self._children.values():
+            with contextlib.suppress(OSError):
+                child.link.send(HIBERNATE)
+        return []
+
+    def _hand_over(self, request: pb.HostRequest, _fds: list[int], reply: pb.HostReply) -> list[int]:
+        if self._children:
+            raise ValueError("workers are running")
+        for about, fds in self._parking.hand_over():
+            part = pb.HostReply(id=request.id, handed_over=pb.HandedOver(parked=[about], more=True))
+            self._send(part, fds)
+            descriptors.close_all(fds)
+        reply.handed_over.SetInParent()
+        self._running = False
+        return []
 
     def _attach(self, request: pb.HostRequest, fds: list[int], reply: pb.HostReply) -> list[int]:
         child = self._children[request.attach.instance]
@@ -280,6 +310,7 @@ def main(arguments: list[str]) -> int:
     """Run an engine host on the listening socket given by number: `LISTENER_FD SOCKET_PATH MEMORY_LIMIT`."""
     listener_fd, path, memory_limit = int(arguments[0]), Path(arguments[1]), int(arguments[2])
     sandbox.forbid_dumps()
+    sandbox.raise_descriptor_limit(_DESCRIPTORS)
     # Signals to the daemon's process group are not meant for the VMs' TPMs.
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGPIPE):
         signal.signal(number, signal.SIG_IGN)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import socket
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from vtpm.engine.v1 import link_pb2 as pb
-from vtpm.store.model import KeyRecord, ProfileRecord, SealedState, StateCommit
+from vtpm.store.commits import AnyCommit
+from vtpm.store.model import KeyRecord, ProfileRecord, SealedState
 from vtpm.tpm.pcr import PcrBank, PcrSelection
 from vtpm.tpm.ptm import ControlCommand
 
 # Makes state commits durable together; one answer each, empty or the reason of the refusal (vtpm.store.Store.commit).
-CommitFunction = Callable[[Sequence[StateCommit]], Sequence[str]]
+CommitFunction = Callable[[Sequence[AnyCommit]], Sequence[str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,33 @@ class PowerOn:
     without_init: bool = False
     # With `startup_clear`: the AK that is made if the TPM has none.
     ak_algorithm: str = ""
+    # Without a command for so long the TPM hibernates; 0: never by itself.
+    idle_timeout_s: float = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Thaw:
+    """What an engine needs to go on with a hibernated instance: its permanent state and the snapshot of it, both sealed."""
+
+    instance: uuid.UUID
+    epoch: int
+    state: SealedState
+    snapshot: SealedState = field(repr=False)
+    data_key: bytes = field(repr=False)
+    idle_timeout_s: float = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Parked:
+    """A hibernated instance whose sockets and connections the engine keeps.
+
+    `attached`: a VM's control connection is among them; `woken`: something has come on them already.
+    """
+
+    instance: uuid.UUID
+    epoch: int
+    attached: bool
+    woken: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +98,12 @@ class Adopted:
 
 @dataclass(frozen=True, slots=True)
 class Recovered:
-    """What an engine found at its start: TPMs that ran on, and (instance, epoch) of those that their VMs powered off."""
+    """What an engine found at its start: TPMs that ran on, hibernated ones, and (instance, epoch) of those that their VMs
+    powered off."""
 
     adopted: Sequence[Adopted]
     powered_off: frozenset[tuple[uuid.UUID, int]]
+    parked: Sequence[Parked] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +151,15 @@ class EngineEvents(Protocol):
     def imported(self, instance: uuid.UUID, epoch: int) -> None:
         """The VM's side has put another TPM's state in the place of the instance's."""
 
+    def hibernated(self, parked: Parked) -> None:
+        """A TPM has gone into the store; nothing of it runs."""
+
+    def wanted(self, instance: uuid.UUID, epoch: int) -> None:
+        """Something has come for a hibernated TPM."""
+
+    def parking_lost(self, instance: uuid.UUID, epoch: int) -> None:
+        """The connections of a hibernated TPM are gone with the engine host; its state is in the store."""
+
 
 class RunningTpm(Protocol):
     """A powered-on TPM. Every method raises EngineError when the TPM is gone and TpmError when it refuses."""
@@ -155,6 +194,9 @@ class RunningTpm(Protocol):
     async def attach(self, connection: socket.socket) -> None:
         """Serve a control connection of the VM, whose end powers the TPM off."""
 
+    async def hibernate(self) -> None:
+        """Go into the store now. Raises INSTANCE_BUSY if it can't; else the TPM is gone, as EngineEvents.hibernated says."""
+
     async def stop(self) -> None:
         """Power off; returns when the TPM is gone."""
 
@@ -179,6 +221,20 @@ class Engine(Protocol):
             SealedStateError: the state can't be opened; nothing was made in its place.
             EngineError: the engine failed.
         """
+
+    async def thaw(self, order: Thaw) -> RunningTpm:
+        """Go on with a hibernated TPM, with the connections that it had.
+
+        Raises:
+            SealedStateError: the state or the snapshot can't be opened; nothing was made in their place.
+            EngineError: the engine failed.
+        """
+
+    async def park(self, parked: Parked, listeners: Listeners) -> None:
+        """Watch new listening sockets of a hibernated TPM whose connections were lost."""
+
+    async def forget(self, instance: uuid.UUID) -> None:
+        """Close what is kept of a hibernated TPM."""
 
     async def close(self) -> None:
         """Let go: what runs, runs on."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import array
 import asyncio
 import contextlib
 import os
@@ -12,8 +11,9 @@ import sys
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
+from vtpm.engine import descriptors
 from vtpm.engine.framing import FrameReader, frame
 from vtpm.engine.interface import PcrValue, PcrValues, Quoted
 from vtpm.engine.v1 import link_pb2 as pb
@@ -28,14 +28,26 @@ _START_TIMEOUT_S: Final = 20.0
 _REQUEST_TIMEOUT_S: Final = 20.0
 
 
-class HostLink:
-    """Requests to the engine host; `on_exit` is called for each worker that ends, `on_lost` when the host itself is gone."""
+class HostEvents(Protocol):
+    """Who hears from the engine host; called on the event loop."""
 
-    def __init__(self, sock: socket.socket, on_exit: Callable[[pb.WorkerExited], None], on_lost: Callable[[], None]) -> None:
+    def on_exit(self, exited: pb.WorkerExited) -> None:
+        """A worker has ended."""
+
+    def on_wake(self, wake: pb.Wake) -> None:
+        """Something has come for a parked instance."""
+
+    def on_lost(self) -> None:
+        """The engine host is gone."""
+
+
+class HostLink:
+    """Requests to the engine host; `events` is told what nobody asked for."""
+
+    def __init__(self, sock: socket.socket, events: HostEvents) -> None:
         sock.setblocking(False)
         self._sock = sock
-        self._on_exit = on_exit
-        self._on_lost = on_lost
+        self._events = events
         self._ids = 0
         self._pending: dict[
             int, tuple[asyncio.Future[list[tuple[pb.HostReply, list[int]]]], list[tuple[pb.HostReply, list[int]]]]
@@ -44,48 +56,40 @@ class HostLink:
         self._loop.add_reader(sock.fileno(), self._on_readable)
 
     @classmethod
-    async def connect(
-        cls,
-        path: Path,
-        *,
-        memory_limit: int,
-        log_path: Path,
-        on_exit: Callable[[pb.WorkerExited], None],
-        on_lost: Callable[[], None],
-    ) -> HostLink:
+    async def connect(cls, path: Path, events: HostEvents, *, memory_limit: int, log_path: Path) -> HostLink:
         """Connect to the engine host that runs at `path`, or start one.
 
         Raises:
             EngineError: ENGINE_HOST_START_FAILED.
         """
         with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
-            return cls(_connect(path), on_exit, on_lost)
+            return cls(_connect(path), events)
         _start_host(path, memory_limit, log_path)
-        return cls(_connect(path), on_exit, on_lost)
+        return cls(_connect(path), events)
 
     def _on_readable(self) -> None:
-        fds = array.array("i")
+        fds: list[int] = []
         try:
-            data, ancillary, _flags, _address = self._sock.recvmsg(_MAX_MESSAGE_SIZE, socket.CMSG_LEN(4 * fds.itemsize))
+            data, fds = descriptors.receive(self._sock, _MAX_MESSAGE_SIZE)
         except (BlockingIOError, InterruptedError):
             return
         except OSError:
-            data, ancillary = b"", []
+            data = b""
         if not data:
             self.close()
-            self._on_lost()
+            self._events.on_lost()
             return
-        for level, kind, payload in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
         reply = pb.HostReply.FromString(data)
-        if reply.id == 0:
+        if reply.id not in self._pending:
+            descriptors.close_all(fds)
             if reply.HasField("exited"):
-                self._on_exit(reply.exited)
+                self._events.on_exit(reply.exited)
+            elif reply.HasField("wake"):
+                self._events.on_wake(reply.wake)
             return
         future, parts = self._pending[reply.id]
-        parts.append((reply, list(fds)))
-        if not reply.hello.more:
+        parts.append((reply, fds))
+        if not reply.hello.more and not reply.handed_over.more:
             del self._pending[reply.id]
             if not future.done():
                 future.set_result(parts)
@@ -292,6 +296,10 @@ class WorkerLink(asyncio.Protocol):
         found = (await self.request(pb.WorkerRequest(get_keys=pb.GetKeys()))).keys
         keys = tuple(KeyRecord(key.role, key.algorithm, key.handle, key.tpmt_public) for key in found.keys)
         return keys, tuple(found.pcr_banks)
+
+    async def hibernate(self) -> None:
+        """See RunningTpm. A worker that hibernates ends without a reply."""
+        await self.request(pb.WorkerRequest(hibernate=pb.Hibernate()))
 
     async def attach(self, connection: socket.socket) -> None:
         """See RunningTpm."""

@@ -55,6 +55,12 @@ class VmPlatform:
         self._power = power
         self._set: dict[BlobType, bytes] = {}
         self._kept: bytes | None = None
+        self._hashing = False
+
+    @property
+    def quiescent(self) -> bool:
+        """Whether nothing is held that a snapshot would not have: states that were set, half an H-CRTM event."""
+        return not self._set and self._kept is None and not self._hashing
 
     @property
     def powered(self) -> bool:
@@ -102,10 +108,12 @@ class VmPlatform:
         match command:
             case ControlCommand.HASH_START:
                 result = self._tpm.hash_start()
+                self._hashing = result == 0
             case ControlCommand.HASH_DATA:
                 result = self._tpm.hash_data(data)
             case _:
                 result = self._tpm.hash_end()
+                self._hashing = False
         self._kept = None
         self._power.settle()
         return result

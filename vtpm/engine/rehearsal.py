@@ -42,7 +42,7 @@ def rehearse(tpm: SoftwareTpm, operations: Operations) -> None:
     control, control_end = socket.socketpair()
     sockets = (host, _host_end, ops, ops_end, commits, commits_end, data, data_end, control, control_end)
     try:
-        worker = Worker(tpm, operations, host=host, operations_socket=ops, commits=commits, listeners=[])
+        worker = Worker(tpm, operations, host=host, operations_socket=ops, commits=commits)
         instance, key = uuid.uuid4().bytes, os.urandom(32)
         manufacture = pb.Manufacture(
             data_key=key, instance=instance, ek_algorithms=["ECC_P384"], ak_algorithm="ECC_P256", pcr_banks=["sha256"]

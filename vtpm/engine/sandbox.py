@@ -39,6 +39,7 @@ _ALLOWED: Final = (
     "clock_gettime",
     "clock_nanosleep",
     "close",
+    "epoll_create1",
     "epoll_ctl",
     "epoll_pwait",
     "epoll_wait",
@@ -158,6 +159,17 @@ def forbid_dumps() -> None:
     """No core dump, no ptrace or /proc/PID/mem by processes of the same user."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _prctl(_PR_SET_DUMPABLE, 0)
+
+
+def raise_descriptor_limit(wanted: int) -> None:
+    """Allow this process up to `wanted` descriptors, or as many as its rights reach."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, wanted))
+            return
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, hard), hard))
 
 
 @contextlib.contextmanager

@@ -153,7 +153,7 @@ class StandaloneTpm:
     def _prepare_work(self, fds: list[int]) -> Callable[[], None]:
         host, operations, commits = (socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd) for fd in fds)
         unused: Any = _NoOperations()
-        return Worker(self._tpm, unused, host=host, operations_socket=operations, commits=commits, listeners=[]).run
+        return Worker(self._tpm, unused, host=host, operations_socket=operations, commits=commits).run
 
     def _serve_commits(self) -> None:
         """Make each state durable, then say so (invariant 1)."""

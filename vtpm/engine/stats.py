@@ -22,8 +22,14 @@ class CommandStats:
 
     def __init__(self) -> None:
         self.counts: dict[int, int] = {}
+        self._drained = 0
         # Ordinal → [nanoseconds, bucket counts…].
         self._times: dict[int, list[int]] = {}
+
+    @property
+    def total(self) -> int:
+        """How many commands this worker ever ran."""
+        return self._drained + sum(self.counts.values())
 
     def count(self, ordinal: int) -> None:
         """Count one command."""
@@ -42,5 +48,6 @@ class CommandStats:
         for ordinal, count in self.counts.items():
             nanos, *buckets = self._times.get(ordinal) or [0] * (1 + len(BUCKETS_NS) + 1)
             status.ordinals.add(ordinal=ordinal, count=count, nanos=nanos, buckets=buckets)
+        self._drained += sum(self.counts.values())
         self.counts.clear()
         self._times.clear()

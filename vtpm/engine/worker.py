@@ -5,7 +5,6 @@ Everything runs in one thread, one thing at a time: a raw command from gRPC and 
 
 from __future__ import annotations
 
-import array
 import contextlib
 import os
 import select
@@ -13,12 +12,14 @@ import socket
 import sys
 from typing import TYPE_CHECKING, Final, NoReturn
 
+from vtpm.engine import descriptors
 from vtpm.engine.channels import DataChannels
 from vtpm.engine.control import ControlChannel
 from vtpm.engine.durable import DurableState, await_readable
 from vtpm.engine.duties import Duties
 from vtpm.engine.exits import EXIT_POWERED_OFF, EXIT_STOPPED, EXIT_TPM_FAILED, Exit
 from vtpm.engine.framing import FrameReader, frame
+from vtpm.engine.hibernation import Hibernation
 from vtpm.engine.platform import VmPlatform
 from vtpm.engine.v1 import link_pb2 as pb
 
@@ -30,9 +31,10 @@ if TYPE_CHECKING:
     from vtpm.tpm.keys import KeyAlgorithm
     from vtpm.tpm.ptm import ControlCommand
 
-# What the engine host sends along with descriptors: a new daemon's sockets, a VM's control connection.
+# What the engine host sends, along with descriptors: a new daemon's sockets, a VM's control connection; the wish to hibernate.
 ATTACH: Final = b"A"
 CONNECT: Final = b"C"
+HIBERNATE: Final = b"H"
 
 MAX_CONTROLS: Final = 8
 _CONTROL_SEND_TIMEOUT_S: Final = 5.0
@@ -43,7 +45,8 @@ class Worker:
     """The loop of one worker process.
 
     `host` receives new operations and commit sockets when another daemon takes over, and control connections of the VM;
-    `operations_socket` and `commits` go to the daemon; `listeners` are the VM's data socket and its control twin, if there.
+    `operations_socket` and `commits` go to the daemon; `sockets` are the VM's: its data socket and that one's control twin, and
+    what an earlier worker of the instance had.
     """
 
     def __init__(
@@ -54,21 +57,24 @@ class Worker:
         host: socket.socket,
         operations_socket: socket.socket,
         commits: socket.socket,
-        listeners: Sequence[socket.socket],
+        sockets: Sequence[tuple[pb.Role.ValueType, socket.socket]] = (),
     ) -> None:
         self._tpm = tpm
         self._operations = operations
         self._host = host
         self._ops = operations_socket
         self._ops_reader = FrameReader()
-        self._listeners = listeners
+        # Served from `listen` on.
+        self._waiting = list(sockets)
+        self._listeners: dict[pb.Role.ValueType, socket.socket] = {}
         self._epoll = select.epoll()
         self._handlers: dict[int, Callable[[], None]] = {}
         self._durable = DurableState(tpm, commits, self._await_daemon)
         self._channels = DataChannels(tpm, self._durable, self._watch, self._unwatch)
         self._controls: dict[int, ControlChannel] = {}
         self._platform = VmPlatform(tpm, self)
-        self._duties = Duties(tpm, operations, self._durable, self._channels, self)
+        self._hibernation = Hibernation(tpm, self._durable, self._channels, self._platform, self, host)
+        self._duties = Duties(tpm, operations, self._durable, self._channels, self, self._hibernation)
         self.imported = False
         # What tells that the TPM's program has ended, if the TPM is one.
         self._lifeline = -1
@@ -95,13 +101,17 @@ class Worker:
         status = EXIT_TPM_FAILED
         try:
             poll, handlers, partial = self._epoll.poll, self._handlers, self._channels.partial
+            hibernation = self._hibernation
             while True:
-                for fd, _event in poll(1.0 if partial else None, _MAX_EVENTS):
+                ready = poll(1.0 if partial else hibernation.interval_s, _MAX_EVENTS)
+                for fd, _event in ready:
                     handler = handlers.get(fd)
                     if handler is not None:
                         handler()
                 if partial:
                     self._channels.drop_stalled()
+                elif not ready:
+                    hibernation.consider()
         except Exit as end:
             status = end.status
         except BaseException as error:  # noqa: BLE001  # the last frame of the process: say what it was, never what it held
@@ -135,28 +145,41 @@ class Worker:
 
     def listen(self) -> None:
         """See vtpm.engine.duties.Power."""
-        for listener, handler in zip(self._listeners, (self._on_data_listener, self._on_control_listener), strict=False):
-            listener.setblocking(False)
-            self._watch(listener, handler)
+        waiting, self._waiting = self._waiting, []
+        for role, sock in waiting:
+            match role:
+                case pb.DATA:
+                    self._channels.open(sock)
+                case pb.VM_DATA:
+                    self._channels.open_for_vm(sock)
+                case pb.CONTROL | pb.VM_CONTROL:
+                    self._open_control(sock, attached=role == pb.VM_CONTROL, resumed=True)
+                case pb.DATA_LISTENER:
+                    self._listen_on(role, sock, self._channels.open)
+                case pb.CONTROL_LISTENER:
+                    self._listen_on(role, sock, lambda connection: self._open_control(connection, attached=False))
+                case _:
+                    sock.close()
 
-    def _on_data_listener(self) -> None:
-        connection = _accept(self._listeners[0])
-        if connection is not None:
-            self._channels.open(connection)
+    def _listen_on(self, role: pb.Role.ValueType, listener: socket.socket, take: Callable[[socket.socket], None]) -> None:
+        listener.setblocking(False)
+        self._listeners[role] = listener
 
-    def _on_control_listener(self) -> None:
-        connection = _accept(self._listeners[1])
-        if connection is not None:
-            self._open_control(connection, attached=False)
+        def on_connection() -> None:
+            connection = _accept(listener)
+            if connection is not None:
+                take(connection)
 
-    def _open_control(self, connection: socket.socket, *, attached: bool) -> None:
+        self._watch(listener, on_connection)
+
+    def _open_control(self, connection: socket.socket, *, attached: bool, resumed: bool = False) -> None:
         # The limit is for the others: a VM is not to lose its TPM to them.
         if self.attached if attached else len(self._controls) >= MAX_CONTROLS:
             connection.close()
             return
         # A VMM that does not read its answers is waited for no longer than this.
         connection.settimeout(_CONTROL_SEND_TIMEOUT_S)
-        channel = ControlChannel(self._platform, connection, attached=attached)
+        channel = ControlChannel(self._platform, connection, attached=attached, resumed=resumed)
         fd = connection.fileno()
         self._controls[fd] = channel
         self._watch(connection, lambda: self._on_control(fd))
@@ -167,6 +190,7 @@ class Worker:
         return any(channel.attached for channel in self._controls.values())
 
     def _on_control(self, fd: int) -> None:
+        self._hibernation.requests += 1
         channel = self._controls[fd]
         if channel.on_readable():
             return
@@ -176,6 +200,38 @@ class Worker:
         if channel.attached:
             # Its VM is gone, orderly or not.
             self.end()
+
+    # ---- for vtpm.engine.hibernation -------------------------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        """See Loop."""
+        # Without a daemon the snapshot could not be taken, and a guest would wait for it.
+        connected = self._ops.fileno() in self._handlers
+        controls = all(channel.idle for channel in self._controls.values())
+        return not connected or not controls or not self._channels.idle or bool(self._epoll.poll(0, 1))
+
+    def park(self) -> tuple[list[pb.Role.ValueType], list[int]]:
+        """See Loop."""
+        parts = [(role, listener.fileno()) for role, listener in self._listeners.items()]
+        parts += [(pb.VM_CONTROL if item.attached else pb.CONTROL, fd) for fd, item in self._controls.items()]
+        parts += self._channels.descriptors()
+        return [role for role, _ in parts], [fd for _, fd in parts]
+
+    def fill(self, snapshot: pb.Snapshot) -> None:
+        """See Loop."""
+        snapshot.started_here, snapshot.imported = self._started_here, self.imported
+        self._duties.fill(snapshot)
+
+    def go_on(self, permanent: bytes, snapshot: pb.Snapshot) -> None:
+        """See vtpm.engine.duties.Power."""
+        if snapshot.powered:
+            self.turn_on(permanent, snapshot.volatile)
+        else:
+            self._tpm.permanent = permanent
+        self._tpm.buffer_size(snapshot.buffer_size)
+        self._tpm.locality = snapshot.locality
+        self._started_here, self.imported = snapshot.started_here, snapshot.imported
 
     # ---- power, for vtpm.engine.platform and vtpm.engine.duties ----------------------------------------------------------
 
@@ -276,19 +332,18 @@ class Worker:
         self._on_host()
 
     def _on_host(self) -> None:
-        fds = array.array("i")
-        data, ancillary, _flags, _address = self._host.recvmsg(1, socket.CMSG_LEN(2 * fds.itemsize))
+        data, fds = descriptors.receive(self._host, 1, most=2)
         if not data:
             raise Exit(EXIT_STOPPED)
-        for level, kind, payload in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
         if data == CONNECT and len(fds) == 1:
+            self._hibernation.requests += 1
             self._open_control(socket.socket(fileno=fds[0]), attached=True)
             return
+        if data == HIBERNATE and not fds:
+            self._hibernation.demand()
+            return
         if data != ATTACH or len(fds) != 2:
-            for fd in fds:
-                os.close(fd)
+            descriptors.close_all(fds)
             return
         self._unwatch(self._ops)
         self._ops, commits = (socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd) for fd in fds)

@@ -7,7 +7,16 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-from vtpm.engine.interface import EngineCapabilities, EngineEvents, Manufactured, PowerOn, Recovered
+from vtpm.engine.interface import (
+    EngineCapabilities,
+    EngineEvents,
+    Listeners,
+    Manufactured,
+    Parked,
+    PowerOn,
+    Recovered,
+    Thaw,
+)
 from vtpm.engine.link import WorkerLink
 from vtpm.engine.software import LIBTPMS, TPM_SERVER
 from vtpm.engine.v1 import link_pb2 as pb
@@ -69,6 +78,20 @@ class WorkerEngine:
         """See Engine."""
         assert self._events is not None
         return await self._workers.power_on(self._worker(), order, self._events)
+
+    async def thaw(self, order: Thaw) -> WorkerLink:
+        """See Engine."""
+        assert self._events is not None
+        return await self._workers.thaw(order, self._events)
+
+    async def park(self, parked: Parked, listeners: Listeners) -> None:
+        """See Engine."""
+        assert self._events is not None
+        await self._workers.park(self._name, parked, listeners, self._events)
+
+    async def forget(self, instance: uuid.UUID) -> None:
+        """See Engine."""
+        await self._workers.forget(instance)
 
     async def close(self) -> None:
         """See Engine."""

@@ -15,9 +15,25 @@ from typing import Final
 import structlog
 
 from vtpm.engine.committer import Committer
-from vtpm.engine.exits import EXIT_COMMIT_REFUSED, EXIT_COMMIT_TIMEOUT, EXIT_POWERED_OFF, EXIT_STOPPED
+from vtpm.engine.exits import (
+    EXIT_COMMIT_REFUSED,
+    EXIT_COMMIT_TIMEOUT,
+    EXIT_HIBERNATED,
+    EXIT_POWERED_OFF,
+    EXIT_STOPPED,
+)
 from vtpm.engine.host import PROTOCOL
-from vtpm.engine.interface import Adopted, EngineEvents, Loss, Manufactured, PowerOn, Recovered
+from vtpm.engine.interface import (
+    Adopted,
+    EngineEvents,
+    Listeners,
+    Loss,
+    Manufactured,
+    Parked,
+    PowerOn,
+    Recovered,
+    Thaw,
+)
 from vtpm.engine.link import HostLink, WorkerLink
 from vtpm.engine.software import LIBTPMS
 from vtpm.engine.v1 import link_pb2 as pb
@@ -46,6 +62,9 @@ class Workers:
         self._found: list[pb.RunningWorker] = []
         self._ended: list[pb.WorkerExited] = []
         self._links: dict[tuple[str, int], tuple[WorkerLink, EngineEvents]] = {}
+        # Hibernated instances, whose descriptors are with the engine host.
+        self._parked: dict[tuple[str, int], EngineEvents] = {}
+        self._found_parked: list[pb.ParkedInstance] = []
         self._stopping: set[tuple[str, int]] = set()
         self._exits: dict[tuple[str, int], asyncio.Future[int]] = {}
         self._engines: Sequence[str] = ()
@@ -69,17 +88,14 @@ class Workers:
                 adopted.append(await self._adopt(worker, events))
             except VtpmError as error:
                 log.error("engine.adopt_failed", instance=worker.instance, reason=error.reason)
+        parked = [item for item in self._found_parked if (item.engine or LIBTPMS) == engine]
+        for item in parked:
+            self._parked[item.instance, item.epoch] = events
         powered_off = {(uuid.UUID(item.instance), item.epoch) for item in self._ended if item.status == EXIT_POWERED_OFF}
-        return Recovered(adopted, frozenset(powered_off))
+        return Recovered(adopted, frozenset(powered_off), [_to_parked(item) for item in parked])
 
     async def _connect(self) -> None:
-        self._host = await HostLink.connect(
-            self._socket_path,
-            memory_limit=self._memory_limit,
-            log_path=self._log_path,
-            on_exit=self._on_exit,
-            on_lost=self._on_host_lost,
-        )
+        self._host = await HostLink.connect(self._socket_path, self, memory_limit=self._memory_limit, log_path=self._log_path)
         replies = await self._host.request(pb.HostRequest(hello=pb.Hello()))
         hello = replies[0][0].hello
         if hello.protocol != PROTOCOL:
@@ -91,6 +107,7 @@ class Workers:
         self._engines = tuple(hello.engines) or (LIBTPMS,)
         self.libtpms_version, self.host_pid = hello.engine_version, hello.pid
         self._found = [worker for reply, _ in replies for worker in reply.hello.workers]
+        self._found_parked = [item for reply, _ in replies for item in reply.hello.parked]
         self._ended = [exited for reply, _ in replies for exited in reply.hello.exited if "/" not in exited.instance]
         log.info("engine.host_connected", pid=hello.pid, workers=len(self._found))
 
@@ -101,7 +118,8 @@ class Workers:
             assert self._host is not None
             return self._host
 
-    def _on_host_lost(self) -> None:
+    def on_lost(self) -> None:
+        """See HostEvents."""
         log.error("engine.host_lost", pid=self.host_pid)
         self._host = None
         for waiter in self._exits.values():
@@ -111,8 +129,18 @@ class Workers:
         # Workers die with their host (PDEATHSIG), and their volatile state with them.
         for instance, epoch in list(self._links):
             self._report(instance, epoch, "ENGINE_HOST_LOST", "the engine host died; the TPM's volatile state is lost")
+        parked, self._parked = self._parked, {}
+        for (instance, epoch), events in parked.items():
+            events.parking_lost(uuid.UUID(instance), epoch)
 
-    def _on_exit(self, exited: pb.WorkerExited) -> None:
+    def on_wake(self, wake: pb.Wake) -> None:
+        """See HostEvents."""
+        events = self._parked.get((wake.instance, wake.epoch))
+        if events is not None:
+            events.wanted(uuid.UUID(wake.instance), wake.epoch)
+
+    def on_exit(self, exited: pb.WorkerExited) -> None:
+        """See HostEvents."""
         key = (exited.instance, exited.epoch)
         waiter = self._exits.pop(key, None)
         if waiter is not None and not waiter.done():
@@ -120,6 +148,11 @@ class Workers:
         if key not in self._links:
             return
         match exited.status:
+            case status if status == EXIT_HIBERNATED and exited.HasField("parked"):
+                _, events = self._links[key]
+                self._forget(key)
+                self._parked[key] = events
+                events.hibernated(_to_parked(exited.parked))
             case _ if key in self._stopping:
                 self._forget(key)
             case status if status == EXIT_POWERED_OFF:
@@ -223,6 +256,7 @@ class Workers:
             commit_timeout_ms=int(self._commit_timeout_s * 1000),
             without_init=order.without_init,
             ak_algorithm=order.ak_algorithm,
+            idle_timeout_ms=int(order.idle_timeout_s * 1000),
         )
         try:
             await link.request(pb.WorkerRequest(load=load))
@@ -230,6 +264,62 @@ class Workers:
             await link.stop()
             raise
         return link
+
+    async def thaw(self, order: Thaw, events: EngineEvents) -> WorkerLink:
+        """See Engine."""
+        key = str(order.instance), order.epoch
+        load = pb.Load(
+            data_key=order.data_key,
+            place=pb.Place(instance=order.instance.bytes, epoch=order.state.epoch, version=order.state.version),
+            sealed=order.state.blob,
+            epoch=order.epoch,
+            commit_timeout_ms=int(self._commit_timeout_s * 1000),
+            idle_timeout_ms=int(order.idle_timeout_s * 1000),
+            snapshot=order.snapshot.blob,
+            snapshot_version=order.snapshot.version,
+        )
+        held = self._links.get(key)
+        if held is not None:
+            # A daemon before this one gave it to a worker, and ended before the worker had its state.
+            await held[0].request(pb.WorkerRequest(load=load))
+            return held[0]
+        host = await self._live_host()
+        with _SocketPairs() as pairs:
+            self._committer.add(order.instance, order.epoch, pairs.commits)
+            link = await WorkerLink.open(order.instance, pairs.operations)
+            self._hold(link, key, events)
+            # Not one after the other: a guest waits. The worker finds the state on its socket.
+            loaded = asyncio.ensure_future(link.request(pb.WorkerRequest(load=load)))
+            try:
+                await host.request(pb.HostRequest(thaw=pb.Thaw(instance=key[0])), pairs.worker_ends)
+                self._parked.pop(key, None)
+            except BaseException:
+                loaded.cancel()
+                if key in self._links:
+                    self._forget(key)
+                raise
+        try:
+            await loaded
+        except BaseException:
+            await link.stop()
+            raise
+        return link
+
+    async def park(self, engine: str, parked: Parked, listeners: Listeners, events: EngineEvents) -> None:
+        """See Engine."""
+        host = await self._live_host()
+        roles = [pb.DATA_LISTENER, pb.CONTROL_LISTENER]
+        about = pb.ParkedInstance(instance=str(parked.instance), epoch=parked.epoch, engine=engine, roles=roles)
+        fds = [listeners.data.fileno(), listeners.control.fileno()]
+        await host.request(pb.HostRequest(adopt=pb.Adopt(parked=about)), fds)
+        self._parked[about.instance, about.epoch] = events
+
+    async def forget(self, instance: uuid.UUID) -> None:
+        """See Engine."""
+        for key in [key for key in self._parked if key[0] == str(instance)]:
+            del self._parked[key]
+        host = await self._live_host()
+        await host.request(pb.HostRequest(forget=pb.Forget(instance=str(instance))))
 
     async def _stop_worker(self, link: WorkerLink, key: tuple[str, int]) -> None:
         """Stop a worker: ask it, then kill it; return when it is gone."""
@@ -244,7 +334,7 @@ class Workers:
             host = await self._live_host()
             await host.request(pb.HostRequest(kill=pb.Kill(instance=key[0])))
         status = await exited
-        if status not in (EXIT_STOPPED, EXIT_POWERED_OFF, -signal.SIGKILL):
+        if status not in (EXIT_STOPPED, EXIT_POWERED_OFF, EXIT_HIBERNATED, -signal.SIGKILL):
             log.warning("engine.worker_ended", instance=key[0], epoch=key[1], status=status)
 
     async def close(self) -> None:
@@ -255,6 +345,10 @@ class Workers:
         if self._host is not None:
             self._host.close()
             self._host = None
+
+
+def _to_parked(item: pb.ParkedInstance) -> Parked:
+    return Parked(uuid.UUID(item.instance), item.epoch, attached=pb.VM_CONTROL in item.roles, woken=item.woken)
 
 
 class _SocketPairs:

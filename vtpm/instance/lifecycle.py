@@ -16,14 +16,15 @@ import socket
 import uuid
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Final, ParamSpec, TypeVar
 
 import structlog
 
-from vtpm.engine.interface import Engine, Listeners, Loss, PowerOn, RunningTpm
+from vtpm.engine.interface import Engine, Listeners, Loss, Parked, PowerOn, RunningTpm
 from vtpm.errors import ConflictError, EngineError, ErrorKind, FailedPreconditionError, NotFoundError, VtpmError
+from vtpm.instance.running import Running
 from vtpm.instance.sockets import InstanceSockets
+from vtpm.instance.thaws import Thaws
 from vtpm.instance.watch import ChangeHub
 from vtpm.seal.keys import KeyProvider
 from vtpm.store.model import Failure, InstanceRecord, InstanceState
@@ -36,15 +37,6 @@ _T = TypeVar("_T")
 _FAILURE_RETRY_S: Final = 1.0
 _END_TIMEOUT_S: Final = 5.0
 _STATUS_TIMEOUT_S: Final = 2.0
-
-
-@dataclass(slots=True)
-class Running:
-    """A powered-on instance."""
-
-    record: InstanceRecord
-    tpm: RunningTpm
-    gone: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Lifecycle:
@@ -60,6 +52,7 @@ class Lifecycle:
         *,
         boot_id: str,
         max_running: int = 0,
+        idle_timeout_s: float = 0,
     ) -> None:
         self.store = store
         self.keys = keys
@@ -68,6 +61,8 @@ class Lifecycle:
         self.hub = hub
         self._boot_id = boot_id
         self._max_running = max_running
+        self.thaws = Thaws(self, idle_timeout_s)
+        self._idle_timeout_s = idle_timeout_s
         self._running: dict[uuid.UUID, Running] = {}
         self._by_ref: dict[str, Running] = {}
         self._locks: dict[uuid.UUID, asyncio.Lock] = {}
@@ -96,19 +91,26 @@ class Lifecycle:
                 found = self._running.get(uuid.UUID(text))
         return found
 
+    def by_id(self, instance: uuid.UUID) -> Running | None:
+        """Return the running instance of that id, if it runs."""
+        return self._running.get(instance)
+
     def all_running(self) -> list[Running]:
         """What runs now."""
         return list(self._running.values())
 
-    def _enter(self, running: Running) -> None:
+    def enter(self, running: Running) -> None:
+        """Put into the table of what runs."""
         self._running[running.record.id] = running
         self._by_ref[str(running.record.id)] = self._by_ref[running.record.name] = running
 
-    def _leave(self, record: InstanceRecord) -> Running | None:
+    def leave(self, record: InstanceRecord) -> Running | None:
+        """Take out of the table of what runs."""
         running = self._running.pop(record.id, None)
         if running is not None:
             self._by_ref.pop(str(record.id), None)
             self._by_ref.pop(record.name, None)
+            running.tpm.end()
             running.gone.set()
         self.sockets.remove(record.id)
         return running
@@ -123,24 +125,39 @@ class Lifecycle:
     async def recover(self) -> None:
         """Take over what ran on without a daemon, and put into order what did not."""
         powered_off: set[tuple[uuid.UUID, int]] = set()
+        snapshots = await self.blocking(self.store.snapshots.all)
+        owned = {record.id: record for record in await self.blocking(self.store.owned)}
         for engine in self.engines.values():
             found = await engine.start(self)
             powered_off |= found.powered_off
             for adopted in found.adopted:
-                try:
-                    record = await self.blocking(self.store.get, str(adopted.instance))
-                except NotFoundError:
-                    record = None
-                if record is None or record.state is not InstanceState.ON or record.epoch != adopted.epoch:
+                record = owned.get(adopted.instance)
+                if record is None or record.epoch != adopted.epoch:
                     # Not the owner any more (invariant 3).
                     log.warning("instance.stale_worker_stopped", instance=str(adopted.instance), epoch=adopted.epoch)
                     await adopted.tpm.stop()
                     continue
-                self._enter(Running(record, adopted.tpm))
+                status = await adopted.tpm.status()
+                if not status.loaded:
+                    # The daemon before this one ended between fork and state: the worker still waits for it.
+                    if (record.id, record.epoch) not in snapshots:
+                        await adopted.tpm.stop()
+                        powered_off.add((record.id, record.epoch))
+                        continue
+                    self.thaws.enter(record, attached=status.attached, woken=True)
+                    continue
+                self.enter(self._running_of(record, adopted.tpm))
                 log.info("instance.adopted", instance=str(record.id), name=record.name, epoch=record.epoch)
-                if (await adopted.tpm.status()).imported:
+                if status.imported:
                     self.imported(record.id, record.epoch)
-        for record in await self.blocking(self.store.owned):
+            for parked in found.parked:
+                record = owned.get(parked.instance)
+                if record is None or record.epoch != parked.epoch or (record.id, record.epoch) not in snapshots:
+                    log.warning("instance.stale_parking_closed", instance=str(parked.instance), epoch=parked.epoch)
+                    await engine.forget(parked.instance)
+                    continue
+                self.thaws.enter(record, attached=parked.attached, woken=parked.woken)
+        for record in owned.values():
             if record.id in self._running:
                 continue
             if (record.id, record.epoch) in powered_off:
@@ -150,13 +167,16 @@ class Lifecycle:
                 # The host was restarted: the VM is gone too, and nothing that it could still rely on was lost.
                 await self.blocking(self.store.release, record.id, record.epoch)
                 log.info("instance.off_after_host_restart", instance=str(record.id), name=record.name)
+            elif snapshots.get((record.id, record.epoch)) is False:
+                # Nobody's connection was lost, and all that the TPM is was in the store.
+                await self.thaws.park_again(self.thaws.enter(record, attached=False))
             else:
                 loss = Loss(
                     "WORKER_LOST",
                     "the TPM's worker ended while no daemon ran; its volatile state is lost",
                     f"reset the instance together with its VM: vtpm instance reset {record.name}",
                 )
-                await self._fail(record, loss)
+                await self.fail(record, loss)
         self.sockets.remove_all_but(set(self._running))
 
     async def close(self) -> None:
@@ -166,6 +186,7 @@ class Lifecycle:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for engine in self.engines.values():
             await engine.close()
+        self.thaws.close()
         self._threads.shutdown()
 
     # ---- loss ------------------------------------------------------------------------------------------------------------
@@ -175,18 +196,36 @@ class Lifecycle:
         running = self._running.get(instance)
         if running is None or running.record.epoch != epoch:
             return
-        self._leave(running.record)
-        end = self._fail(running.record, loss) if loss is not None else self._powered_off(running.record)
-        self._ends[instance] = task = self._later(end)
+        self.leave(running.record)
+        end = self.fail(running.record, loss) if loss is not None else self._powered_off(running.record)
+        self._ends[instance] = task = self.later(end)
         task.add_done_callback(lambda _task: self._ends.pop(instance, None))
+
+    def hibernated(self, parked: Parked) -> None:
+        """See EngineEvents."""
+        self.thaws.hibernated(parked)
+
+    def wanted(self, instance: uuid.UUID, epoch: int) -> None:
+        """See EngineEvents."""
+        self.thaws.wanted(instance, epoch)
+
+    def parking_lost(self, instance: uuid.UUID, epoch: int) -> None:
+        """See EngineEvents."""
+        self.thaws.parking_lost(instance, epoch)
 
     def imported(self, instance: uuid.UUID, epoch: int) -> None:
         """See EngineEvents."""
         running = self._running.get(instance)
         if running is not None and running.record.epoch == epoch:
-            self._later(self._refresh_keys(running))
+            self.later(self._refresh_keys(running))
 
-    def _later(self, action: Coroutine[None, None, None]) -> asyncio.Task[None]:
+    def _running_of(self, record: InstanceRecord, tpm: RunningTpm) -> Running:
+        running = self.thaws.sleeper(record, attached=False)
+        running.tpm.woke(tpm)
+        return running
+
+    def later(self, action: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        """Do something in the background, until the daemon ends."""
         task = asyncio.get_running_loop().create_task(action)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -213,7 +252,7 @@ class Lifecycle:
         log.info("instance.powered_off_by_vm", instance=str(record.id), name=record.name)
         await self._write_down(record, functools.partial(self.store.release, record.id, record.epoch))
 
-    async def _fail(self, record: InstanceRecord, loss: Loss) -> None:
+    async def fail(self, record: InstanceRecord, loss: Loss) -> None:
         """Write down that `record` FAILED; keeps trying while the store is in trouble."""
         log.error("instance.failed", instance=str(record.id), name=record.name, reason=loss.reason, remedy=loss.remedy)
         failure = Failure(loss.reason, loss.message, loss.remedy, dt.datetime.now(dt.UTC))
@@ -299,7 +338,7 @@ class Lifecycle:
             running = self._running.get(record.id)
             if running is not None:
                 await running.tpm.stop()
-            self._leave(record)
+            self.leave(record)
             record = await self.blocking(self.store.release, record.id, record.epoch)
             log.info("instance.stopped", instance=str(record.id), name=record.name)
             self.hub.publish("UPDATED", record)
@@ -362,6 +401,7 @@ class Lifecycle:
                 listeners,
                 without_init=without_init,
                 ak_algorithm=record.profile.ak_algorithm,
+                idle_timeout_s=self._idle_timeout_s,
             )
             tpm = await self.engine(record.engine).power_on(order)
         except BaseException as error:
@@ -371,8 +411,8 @@ class Lifecycle:
             if listeners is not None:
                 listeners.data.close()
                 listeners.control.close()
-        running = Running(owned, tpm)
-        self._enter(running)
+        running = self._running_of(owned, tpm)
+        self.enter(running)
         if startup_clear and not owned.keys:
             await self._refresh_keys(running)
             owned = running.record
@@ -384,7 +424,7 @@ class Lifecycle:
         self.sockets.remove(owned.id)
         if isinstance(error, VtpmError) and error.kind in (ErrorKind.DATA_LOSS, ErrorKind.FAILED_PRECONDITION):
             # Damage or a wrong key: nothing was overwritten, and an operator has to look (invariants 6 and 7).
-            await self._fail(owned, Loss(error.reason, error.message, error.remedy))
+            await self.fail(owned, Loss(error.reason, error.message, error.remedy))
             return
         released = await self.blocking(self.store.release, owned.id, owned.epoch)
         self.hub.publish("UPDATED", released)

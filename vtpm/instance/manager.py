@@ -17,7 +17,7 @@ import structlog
 from vtpm import __version__
 from vtpm.engine.v1 import link_pb2 as pb
 from vtpm.errors import ConflictError, FailedPreconditionError, InvalidArgumentError, NotFoundError, StoreError
-from vtpm.instance.lifecycle import Lifecycle, Running
+from vtpm.instance.lifecycle import Lifecycle
 from vtpm.instance.model import (
     CreateRequest,
     HostInfo,
@@ -27,6 +27,7 @@ from vtpm.instance.model import (
     PcrValues,
     QuoteResult,
 )
+from vtpm.instance.running import Running
 from vtpm.instance.validation import check_labels, check_name, check_request_id, fingerprint, make_profile
 from vtpm.instance.watch import read_changes
 from vtpm.seal.keys import WrappedKey, new_data_key
@@ -311,7 +312,8 @@ class InstanceManager:
     async def drain_command_counts(self) -> Sequence[pb.OrdinalCount]:
         """Return and clear the command counts of every running TPM."""
         statuses = await asyncio.gather(
-            *(running.tpm.status(counts=True) for running in self._lifecycle.all_running()), return_exceptions=True
+            *(running.tpm.status(counts=True) for running in self._lifecycle.all_running() if not running.tpm.asleep),
+            return_exceptions=True,
         )
         # One that is just dying has no counts to give; its end is reported elsewhere.
         return [row for status in statuses if isinstance(status, pb.Status) for row in status.ordinals]

@@ -9,11 +9,15 @@ import contextlib
 import sqlite3
 import threading
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, TypeAlias
 
 from vtpm.crashpoints import crash_point
+from vtpm.store import snapshots
 from vtpm.store.database import errors, set_pragmas
 from vtpm.store.model import StateCommit
+from vtpm.store.snapshots import SnapshotCommit, SnapshotUse
+
+AnyCommit: TypeAlias = StateCommit | SnapshotCommit | SnapshotUse
 
 _UPDATE: Final = """
 UPDATE states SET epoch = ?, version = ?, blob = ?
@@ -49,8 +53,8 @@ class StateCommits:
                 self._connection.close()
                 self._connection = None
 
-    def commit(self, commits: Sequence[StateCommit]) -> list[str]:
-        """Make `commits` durable in one transaction; one answer each, empty or EPOCH_STALE, VERSION_CONFLICT,
+    def commit(self, commits: Sequence[AnyCommit]) -> list[str]:
+        """Make `commits` durable in one transaction; one answer each, empty or EPOCH_STALE, VERSION_CONFLICT, SNAPSHOT_USED,
         INSTANCE_NOT_FOUND.
 
         A commit that is already there to the byte is a success: its worker asked again after it lost the answer.
@@ -80,7 +84,12 @@ class StateCommits:
             connection.close()
         self._connection = None
 
-    def _commit_one(self, connection: sqlite3.Connection, item: StateCommit) -> str:
+    def _commit_one(self, connection: sqlite3.Connection, item: AnyCommit) -> str:
+        match item:
+            case SnapshotCommit():
+                return snapshots.take(connection, item)
+            case SnapshotUse():
+                return snapshots.use(connection, item)
         instance = item.instance.hex
         values = (item.epoch, item.version, item.blob, instance, int(item.kind), item.version - 1, item.epoch, instance)
         if connection.execute(_UPDATE, values).rowcount == 1:

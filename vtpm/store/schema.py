@@ -6,6 +6,7 @@ from typing import Final
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     Column,
     DateTime,
     ForeignKey,
@@ -68,6 +69,20 @@ states: Final = Table(
     Column("version", BigInteger, nullable=False),
     Column("blob", LargeBinary, nullable=False),
     PrimaryKeyConstraint("instance", "kind"),
+)
+
+snapshots: Final = Table(
+    "snapshots",
+    metadata,
+    Column("instance", Uuid, ForeignKey("instances.id"), primary_key=True),
+    Column("epoch", BigInteger, nullable=False),
+    Column("version", BigInteger, nullable=False),
+    # Empty once it is used up.
+    Column("blob", LargeBinary, nullable=False),
+    # A VM's control connection was open.
+    Column("attached", Boolean, nullable=False),
+    # Empty, or the token of the worker that went on from it.
+    Column("used_by", LargeBinary, nullable=False),
 )
 
 requests: Final = Table(

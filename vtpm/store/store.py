@@ -19,10 +19,11 @@ from vtpm.errors import AlreadyExistsError, ConflictError, FailedPreconditionErr
 from vtpm.seal.envelope import StateKind
 from vtpm.seal.keys import WrappedKey
 from vtpm.store import database
-from vtpm.store.commits import StateCommits
-from vtpm.store.model import Failure, Filter, InstanceRecord, InstanceState, KeyRecord, NewInstance, SealedState, StateCommit
+from vtpm.store.commits import AnyCommit, StateCommits
+from vtpm.store.model import Failure, Filter, InstanceRecord, InstanceState, KeyRecord, NewInstance, SealedState
 from vtpm.store.rows import dump_failure, dump_keys, dump_profile, now, to_record
-from vtpm.store.schema import data_keys, instances, labels, requests, states
+from vtpm.store.schema import data_keys, instances, labels, requests, snapshots, states
+from vtpm.store.snapshots import SnapshotReader
 
 log: Final = structlog.get_logger("vtpm.store")
 
@@ -37,7 +38,9 @@ class Store:
         self._url = url
         self._read_engine = read
         self._write_engine = write
-        self._commits = StateCommits(sa.make_url(url).database or "", url)
+        path = sa.make_url(url).database or ""
+        self._commits = StateCommits(path, url)
+        self.snapshots = SnapshotReader(path, url)
 
     @classmethod
     def open(cls, url: str) -> Store:
@@ -65,6 +68,7 @@ class Store:
     def close(self) -> None:
         """Close every connection."""
         self._commits.close()
+        self.snapshots.close()
         self._read_engine.dispose()
 
     @contextlib.contextmanager
@@ -280,6 +284,7 @@ class Store:
                 )
             values = {"state": InstanceState.ON.value, "failure": "", "boot_id": boot_id, "epoch": record.epoch + 1}
             self._change(connection, instance, values, revision=revision)
+            connection.execute(sa.delete(snapshots).where(snapshots.c.instance == instance))
             return self._by_id(connection, instance)
 
     def release(self, instance: uuid.UUID, epoch: int) -> InstanceRecord:
@@ -310,6 +315,8 @@ class Store:
                     remedy="another owner has taken it over; nothing to do",
                 )
             self._change(connection, instance, values)
+            # Invariant 2: what is not ON has no volatile state that anything could go on from.
+            connection.execute(sa.delete(snapshots).where(snapshots.c.instance == instance))
             return self._by_id(connection, instance)
 
     def _change(
@@ -325,7 +332,7 @@ class Store:
                 "ETAG_MISMATCH", "the instance was changed meanwhile", subject=record.name, remedy="read it again and retry"
             )
 
-    def commit(self, commits: Sequence[StateCommit]) -> Sequence[str]:
+    def commit(self, commits: Sequence[AnyCommit]) -> Sequence[str]:
         """See vtpm.store.commits.StateCommits.commit."""
         return self._commits.commit(commits)
 
@@ -370,7 +377,7 @@ class Store:
         crash_point("delete.after_erase")
         with self._writing() as connection:
             doomed = sa.select(instances.c.id).where(instances.c.state == _DELETING).scalar_subquery()
-            for table in (states, labels, data_keys):
+            for table in (snapshots, states, labels, data_keys):
                 connection.execute(sa.delete(table).where(table.c.instance.in_(doomed)))
             connection.execute(sa.delete(instances).where(instances.c.state == _DELETING))
             crash_point("delete.before_commit")

@@ -84,6 +84,7 @@ _WITH_DATA: Final = {
     ControlCommand.SET_STATEBLOB: (12, 8, MAX_STATE_SIZE),
 }
 _PADDED: Final = (ControlCommand.SET_LOCALITY, ControlCommand.RESET_TPMESTABLISHED)
+_MAX_PADDING: Final = 3
 
 # Version, least version, header size, flags, whole length; then records of tag, length, data.
 _BLOB_HEADER: Final = struct.Struct(">BBHHI")
@@ -100,9 +101,10 @@ class ControlReader:
     bytes and none with four, so that padding can be told from the next request however the bytes come.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, resumed: bool = False) -> None:
         self._buffer = bytearray()
-        self._padding = 0
+        # The padding of a request that an earlier reader of the stream has read may still be to come.
+        self._padding = _MAX_PADDING if resumed else 0
         self.broken = False
 
     def feed(self, data: bytes) -> list[tuple[ControlCommand, bytes]]:
@@ -120,8 +122,13 @@ class ControlReader:
                 break
             requests.append((ControlCommand(code), bytes(buffer[CODE.size : size])))
             del buffer[:size]
-            self._padding = 3 if code in _PADDED else 0
+            self._padding = _MAX_PADDING if code in _PADDED else 0
         return requests
+
+    @property
+    def empty(self) -> bool:
+        """Whether another reader could go on with what follows."""
+        return not self._buffer and not self.broken
 
     @property
     def partial(self) -> bool:

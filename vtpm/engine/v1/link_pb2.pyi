@@ -9,6 +9,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -19,6 +20,46 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _Role:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _RoleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Role.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ROLE_UNSPECIFIED: _Role.ValueType  # 0
+    OPERATIONS: _Role.ValueType  # 1
+    COMMITS: _Role.ValueType  # 2
+    DATA_LISTENER: _Role.ValueType  # 3
+    CONTROL_LISTENER: _Role.ValueType  # 4
+    DATA: _Role.ValueType  # 5
+    VM_DATA: _Role.ValueType  # 6
+    """The data channel that the VM's control channel handed over."""
+    CONTROL: _Role.ValueType  # 7
+    VM_CONTROL: _Role.ValueType  # 8
+    """The control connection of the VM, whose end is the VM's end."""
+
+class Role(_Role, metaclass=_RoleEnumTypeWrapper):
+    """---- hibernation --------------------------------------------------------------------------------------------------------
+
+    Frozen: Hello, HelloReply, Attach, HibernateAll, HandOver, HandedOver, ParkedInstance, WorkerExited, Commit, CommitAck and
+    their field numbers. With these a newer daemon empties an older engine host, whatever its protocol is otherwise.
+
+    Whose a descriptor is that waits with the engine host.
+    """
+
+ROLE_UNSPECIFIED: Role.ValueType  # 0
+OPERATIONS: Role.ValueType  # 1
+COMMITS: Role.ValueType  # 2
+DATA_LISTENER: Role.ValueType  # 3
+CONTROL_LISTENER: Role.ValueType  # 4
+DATA: Role.ValueType  # 5
+VM_DATA: Role.ValueType  # 6
+"""The data channel that the VM's control channel handed over."""
+CONTROL: Role.ValueType  # 7
+VM_CONTROL: Role.ValueType  # 8
+"""The control connection of the VM, whose end is the VM's end."""
+Global___Role: _TypeAlias = Role  # noqa: Y015
 
 @_typing.final
 class HostRequest(_message.Message):
@@ -33,6 +74,11 @@ class HostRequest(_message.Message):
     KILL_FIELD_NUMBER: _builtins.int
     QUIT_FIELD_NUMBER: _builtins.int
     CONNECT_FIELD_NUMBER: _builtins.int
+    THAW_FIELD_NUMBER: _builtins.int
+    ADOPT_FIELD_NUMBER: _builtins.int
+    FORGET_FIELD_NUMBER: _builtins.int
+    HIBERNATE_ALL_FIELD_NUMBER: _builtins.int
+    HAND_OVER_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello: ...
@@ -46,6 +92,16 @@ class HostRequest(_message.Message):
     def quit(self) -> Global___Quit: ...
     @_builtins.property
     def connect(self) -> Global___Connect: ...
+    @_builtins.property
+    def thaw(self) -> Global___Thaw: ...
+    @_builtins.property
+    def adopt(self) -> Global___Adopt: ...
+    @_builtins.property
+    def forget(self) -> Global___Forget: ...
+    @_builtins.property
+    def hibernate_all(self) -> Global___HibernateAll: ...
+    @_builtins.property
+    def hand_over(self) -> Global___HandOver: ...
     def __init__(
         self,
         *,
@@ -56,12 +112,17 @@ class HostRequest(_message.Message):
         kill: Global___Kill | None = ...,
         quit: Global___Quit | None = ...,
         connect: Global___Connect | None = ...,
+        thaw: Global___Thaw | None = ...,
+        adopt: Global___Adopt | None = ...,
+        forget: Global___Forget | None = ...,
+        hibernate_all: Global___HibernateAll | None = ...,
+        hand_over: Global___HandOver | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "body", b"body", "connect", b"connect", "hello", b"hello", "kill", b"kill", "quit", b"quit", "spawn", b"spawn"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adopt", b"adopt", "attach", b"attach", "body", b"body", "connect", b"connect", "forget", b"forget", "hand_over", b"hand_over", "hello", b"hello", "hibernate_all", b"hibernate_all", "kill", b"kill", "quit", b"quit", "spawn", b"spawn", "thaw", b"thaw"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "body", b"body", "connect", b"connect", "hello", b"hello", "id", b"id", "kill", b"kill", "quit", b"quit", "spawn", b"spawn"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopt", b"adopt", "attach", b"attach", "body", b"body", "connect", b"connect", "forget", b"forget", "hand_over", b"hand_over", "hello", b"hello", "hibernate_all", b"hibernate_all", "id", b"id", "kill", b"kill", "quit", b"quit", "spawn", b"spawn", "thaw", b"thaw"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["hello", "spawn", "attach", "kill", "quit", "connect"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["hello", "spawn", "attach", "kill", "quit", "connect", "thaw", "adopt", "forget", "hibernate_all", "hand_over"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -76,6 +137,8 @@ class HostReply(_message.Message):
     HELLO_FIELD_NUMBER: _builtins.int
     EXITED_FIELD_NUMBER: _builtins.int
     PID_FIELD_NUMBER: _builtins.int
+    WAKE_FIELD_NUMBER: _builtins.int
+    HANDED_OVER_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     error: _builtins.str
     """Empty when the request succeeded."""
@@ -86,6 +149,14 @@ class HostReply(_message.Message):
     def exited(self) -> Global___WorkerExited:
         """Unsolicited, with id 0."""
 
+    @_builtins.property
+    def wake(self) -> Global___Wake:
+        """Unsolicited, with id 0: something has come for a parked instance."""
+
+    @_builtins.property
+    def handed_over(self) -> Global___HandedOver:
+        """An answer to HandOver; its descriptors are those of the instances in it, in order."""
+
     def __init__(
         self,
         *,
@@ -94,10 +165,12 @@ class HostReply(_message.Message):
         hello: Global___HelloReply | None = ...,
         exited: Global___WorkerExited | None = ...,
         pid: _builtins.int = ...,
+        wake: Global___Wake | None = ...,
+        handed_over: Global___HandedOver | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["exited", b"exited", "hello", b"hello"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["exited", b"exited", "handed_over", b"handed_over", "hello", b"hello", "wake", b"wake"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "exited", b"exited", "hello", b"hello", "id", b"id", "pid", b"pid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "exited", b"exited", "handed_over", b"handed_over", "hello", b"hello", "id", b"id", "pid", b"pid", "wake", b"wake"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -130,6 +203,7 @@ class HelloReply(_message.Message):
     MORE_FIELD_NUMBER: _builtins.int
     ENGINES_FIELD_NUMBER: _builtins.int
     EXITED_FIELD_NUMBER: _builtins.int
+    PARKED_FIELD_NUMBER: _builtins.int
     protocol: _builtins.int
     version: _builtins.str
     pid: _builtins.int
@@ -146,6 +220,8 @@ class HelloReply(_message.Message):
     def exited(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerExited]:
         """Workers that ended while there was no daemon to be told."""
 
+    @_builtins.property
+    def parked(self) -> _containers.RepeatedCompositeFieldContainer[Global___ParkedInstance]: ...
     def __init__(
         self,
         *,
@@ -157,10 +233,11 @@ class HelloReply(_message.Message):
         more: _builtins.bool = ...,
         engines: _abc.Iterable[_builtins.str] | None = ...,
         exited: _abc.Iterable[Global___WorkerExited] | None = ...,
+        parked: _abc.Iterable[Global___ParkedInstance] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine_version", b"engine_version", "engines", b"engines", "exited", b"exited", "more", b"more", "pid", b"pid", "protocol", b"protocol", "version", b"version", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine_version", b"engine_version", "engines", b"engines", "exited", b"exited", "more", b"more", "parked", b"parked", "pid", b"pid", "protocol", b"protocol", "version", b"version", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -322,11 +399,16 @@ class WorkerExited(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     PID_FIELD_NUMBER: _builtins.int
     STATUS_FIELD_NUMBER: _builtins.int
+    PARKED_FIELD_NUMBER: _builtins.int
     instance: _builtins.str
     epoch: _builtins.int
     pid: _builtins.int
     status: _builtins.int
     """As waitpid gives it: exit code, or minus the signal's number."""
+    @_builtins.property
+    def parked(self) -> Global___ParkedInstance:
+        """Set when the worker has hibernated and left its descriptors with the engine host."""
+
     def __init__(
         self,
         *,
@@ -334,14 +416,246 @@ class WorkerExited(_message.Message):
         epoch: _builtins.int = ...,
         pid: _builtins.int = ...,
         status: _builtins.int = ...,
+        parked: Global___ParkedInstance | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["parked", b"parked"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "instance", b"instance", "pid", b"pid", "status", b"status"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "instance", b"instance", "parked", b"parked", "pid", b"pid", "status", b"status"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkerExited: _TypeAlias = WorkerExited  # noqa: Y015
+
+@_typing.final
+class ParkedInstance(_message.Message):
+    """An instance without a worker, whose descriptors the engine host holds and watches."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INSTANCE_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    ENGINE_FIELD_NUMBER: _builtins.int
+    ROLES_FIELD_NUMBER: _builtins.int
+    WOKEN_FIELD_NUMBER: _builtins.int
+    instance: _builtins.str
+    epoch: _builtins.int
+    engine: _builtins.str
+    woken: _builtins.bool
+    """Something has come for it already."""
+    @_builtins.property
+    def roles(self) -> _containers.RepeatedScalarFieldContainer[Global___Role.ValueType]: ...
+    def __init__(
+        self,
+        *,
+        instance: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        engine: _builtins.str = ...,
+        roles: _abc.Iterable[Global___Role.ValueType] | None = ...,
+        woken: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine", "epoch", b"epoch", "instance", b"instance", "roles", b"roles", "woken", b"woken"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ParkedInstance: _TypeAlias = ParkedInstance  # noqa: Y015
+
+@_typing.final
+class Park(_message.Message):
+    """From a worker that has hibernated to the engine host, with a descriptor for each role; the worker ends then."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROLES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def roles(self) -> _containers.RepeatedScalarFieldContainer[Global___Role.ValueType]: ...
+    def __init__(
+        self,
+        *,
+        roles: _abc.Iterable[Global___Role.ValueType] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["roles", b"roles"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Park: _TypeAlias = Park  # noqa: Y015
+
+@_typing.final
+class TakeOver(_message.Message):
+    """From the engine host to a worker that waits for its instance, with a descriptor for each role."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INSTANCE_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    ROLES_FIELD_NUMBER: _builtins.int
+    instance: _builtins.str
+    epoch: _builtins.int
+    @_builtins.property
+    def roles(self) -> _containers.RepeatedScalarFieldContainer[Global___Role.ValueType]: ...
+    def __init__(
+        self,
+        *,
+        instance: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        roles: _abc.Iterable[Global___Role.ValueType] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "instance", b"instance", "roles", b"roles"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TakeOver: _TypeAlias = TakeOver  # noqa: Y015
+
+@_typing.final
+class Wake(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INSTANCE_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    instance: _builtins.str
+    epoch: _builtins.int
+    def __init__(
+        self,
+        *,
+        instance: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "instance", b"instance"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Wake: _TypeAlias = Wake  # noqa: Y015
+
+@_typing.final
+class Thaw(_message.Message):
+    """Gives a parked instance to a worker. Descriptors: the worker's ends of its operations socket and of its commit socket."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INSTANCE_FIELD_NUMBER: _builtins.int
+    instance: _builtins.str
+    def __init__(
+        self,
+        *,
+        instance: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["instance", b"instance"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Thaw: _TypeAlias = Thaw  # noqa: Y015
+
+@_typing.final
+class Adopt(_message.Message):
+    """Parks an instance that no worker and no other engine host has, with a descriptor for each role."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARKED_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def parked(self) -> Global___ParkedInstance: ...
+    def __init__(
+        self,
+        *,
+        parked: Global___ParkedInstance | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["parked", b"parked"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["parked", b"parked"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Adopt: _TypeAlias = Adopt  # noqa: Y015
+
+@_typing.final
+class Forget(_message.Message):
+    """Closes the descriptors of a parked instance."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INSTANCE_FIELD_NUMBER: _builtins.int
+    instance: _builtins.str
+    def __init__(
+        self,
+        *,
+        instance: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["instance", b"instance"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Forget: _TypeAlias = Forget  # noqa: Y015
+
+@_typing.final
+class HibernateAll(_message.Message):
+    """Tells every worker to hibernate as soon as it can; each ends with a status of its own."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HibernateAll: _TypeAlias = HibernateAll  # noqa: Y015
+
+@_typing.final
+class HandOver(_message.Message):
+    """Takes the descriptors of the parked instances out of this engine host, which ends when the last were sent; refused while workers
+    run.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HandOver: _TypeAlias = HandOver  # noqa: Y015
+
+@_typing.final
+class HandedOver(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARKED_FIELD_NUMBER: _builtins.int
+    MORE_FIELD_NUMBER: _builtins.int
+    more: _builtins.bool
+    """Another reply with the same id follows with more."""
+    @_builtins.property
+    def parked(self) -> _containers.RepeatedCompositeFieldContainer[Global___ParkedInstance]: ...
+    def __init__(
+        self,
+        *,
+        parked: _abc.Iterable[Global___ParkedInstance] | None = ...,
+        more: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["more", b"more", "parked", b"parked"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HandedOver: _TypeAlias = HandedOver  # noqa: Y015
 
 @_typing.final
 class WorkerRequest(_message.Message):
@@ -362,6 +676,7 @@ class WorkerRequest(_message.Message):
     GET_STATUS_FIELD_NUMBER: _builtins.int
     GET_KEYS_FIELD_NUMBER: _builtins.int
     HASH_SEQUENCE_FIELD_NUMBER: _builtins.int
+    HIBERNATE_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     @_builtins.property
     def manufacture(self) -> Global___Manufacture: ...
@@ -387,6 +702,8 @@ class WorkerRequest(_message.Message):
     def get_keys(self) -> Global___GetKeys: ...
     @_builtins.property
     def hash_sequence(self) -> Global___HashSequence: ...
+    @_builtins.property
+    def hibernate(self) -> Global___Hibernate: ...
     def __init__(
         self,
         *,
@@ -403,12 +720,13 @@ class WorkerRequest(_message.Message):
         get_status: Global___GetStatus | None = ...,
         get_keys: Global___GetKeys | None = ...,
         hash_sequence: Global___HashSequence | None = ...,
+        hibernate: Global___Hibernate | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "execute", b"execute", "get_event_log", b"get_event_log", "get_keys", b"get_keys", "get_status", b"get_status", "hash_sequence", b"hash_sequence", "load", b"load", "manufacture", b"manufacture", "measure", b"measure", "quote", b"quote", "read_pcrs", b"read_pcrs", "reset", b"reset", "stop", b"stop"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "execute", b"execute", "get_event_log", b"get_event_log", "get_keys", b"get_keys", "get_status", b"get_status", "hash_sequence", b"hash_sequence", "hibernate", b"hibernate", "load", b"load", "manufacture", b"manufacture", "measure", b"measure", "quote", b"quote", "read_pcrs", b"read_pcrs", "reset", b"reset", "stop", b"stop"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "execute", b"execute", "get_event_log", b"get_event_log", "get_keys", b"get_keys", "get_status", b"get_status", "hash_sequence", b"hash_sequence", "id", b"id", "load", b"load", "manufacture", b"manufacture", "measure", b"measure", "quote", b"quote", "read_pcrs", b"read_pcrs", "reset", b"reset", "stop", b"stop"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "execute", b"execute", "get_event_log", b"get_event_log", "get_keys", b"get_keys", "get_status", b"get_status", "hash_sequence", b"hash_sequence", "hibernate", b"hibernate", "id", b"id", "load", b"load", "manufacture", b"manufacture", "measure", b"measure", "quote", b"quote", "read_pcrs", b"read_pcrs", "reset", b"reset", "stop", b"stop"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["manufacture", "load", "execute", "read_pcrs", "quote", "measure", "get_event_log", "reset", "stop", "get_status", "get_keys", "hash_sequence"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["manufacture", "load", "execute", "read_pcrs", "quote", "measure", "get_event_log", "reset", "stop", "get_status", "get_keys", "hash_sequence", "hibernate"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -640,6 +958,9 @@ class Load(_message.Message):
     COMMIT_TIMEOUT_MS_FIELD_NUMBER: _builtins.int
     WITHOUT_INIT_FIELD_NUMBER: _builtins.int
     AK_ALGORITHM_FIELD_NUMBER: _builtins.int
+    IDLE_TIMEOUT_MS_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_VERSION_FIELD_NUMBER: _builtins.int
     data_key: _builtins.bytes
     sealed: _builtins.bytes
     epoch: _builtins.int
@@ -650,6 +971,11 @@ class Load(_message.Message):
     """Leave _TPM_Init to the VM's control channel."""
     ak_algorithm: _builtins.str
     """With `startup_clear`: the AK that is made if the TPM has none, as one that was imported."""
+    idle_timeout_ms: _builtins.int
+    """Without a command for so long the worker hibernates; 0: never by itself."""
+    snapshot: _builtins.bytes
+    """The sealed Snapshot to go on from, and its version; none: a power on."""
+    snapshot_version: _builtins.int
     @_builtins.property
     def place(self) -> Global___Place:
         """Where the sealed blob below stands."""
@@ -665,10 +991,13 @@ class Load(_message.Message):
         commit_timeout_ms: _builtins.int = ...,
         without_init: _builtins.bool = ...,
         ak_algorithm: _builtins.str = ...,
+        idle_timeout_ms: _builtins.int = ...,
+        snapshot: _builtins.bytes = ...,
+        snapshot_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["place", b"place"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ak_algorithm", b"ak_algorithm", "commit_timeout_ms", b"commit_timeout_ms", "data_key", b"data_key", "epoch", b"epoch", "place", b"place", "sealed", b"sealed", "startup_clear", b"startup_clear", "without_init", b"without_init"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ak_algorithm", b"ak_algorithm", "commit_timeout_ms", b"commit_timeout_ms", "data_key", b"data_key", "epoch", b"epoch", "idle_timeout_ms", b"idle_timeout_ms", "place", b"place", "sealed", b"sealed", "snapshot", b"snapshot", "snapshot_version", b"snapshot_version", "startup_clear", b"startup_clear", "without_init", b"without_init"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1051,6 +1380,69 @@ class Stop(_message.Message):
 Global___Stop: _TypeAlias = Stop  # noqa: Y015
 
 @_typing.final
+class Hibernate(_message.Message):
+    """Hibernates now, if nothing is under way. A worker that does so ends without a reply."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Hibernate: _TypeAlias = Hibernate  # noqa: Y015
+
+@_typing.final
+class Snapshot(_message.Message):
+    """What a worker needs beside the permanent state to go on where another stopped; compressed and sealed as StateKind VOLATILE."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PERMANENT_VERSION_FIELD_NUMBER: _builtins.int
+    POWERED_FIELD_NUMBER: _builtins.int
+    VOLATILE_FIELD_NUMBER: _builtins.int
+    LOCALITY_FIELD_NUMBER: _builtins.int
+    STARTED_HERE_FIELD_NUMBER: _builtins.int
+    IMPORTED_FIELD_NUMBER: _builtins.int
+    EVENTS_FIELD_NUMBER: _builtins.int
+    BUFFER_SIZE_FIELD_NUMBER: _builtins.int
+    permanent_version: _builtins.int
+    """The version of the permanent state that it belongs to."""
+    powered: _builtins.bool
+    volatile: _builtins.bytes
+    """libtpms' volatile state; empty unless powered."""
+    locality: _builtins.int
+    started_here: _builtins.bool
+    """Whether the service sent TPM2_Startup."""
+    imported: _builtins.bool
+    events: _builtins.bytes
+    """What Measure recorded since the last reset."""
+    buffer_size: _builtins.int
+    def __init__(
+        self,
+        *,
+        permanent_version: _builtins.int = ...,
+        powered: _builtins.bool = ...,
+        volatile: _builtins.bytes = ...,
+        locality: _builtins.int = ...,
+        started_here: _builtins.bool = ...,
+        imported: _builtins.bool = ...,
+        events: _builtins.bytes = ...,
+        buffer_size: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["buffer_size", b"buffer_size", "events", b"events", "imported", b"imported", "locality", b"locality", "permanent_version", b"permanent_version", "powered", b"powered", "started_here", b"started_here", "volatile", b"volatile"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Snapshot: _TypeAlias = Snapshot  # noqa: Y015
+
+@_typing.final
 class Done(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1094,12 +1486,15 @@ class Status(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     ATTACHED_FIELD_NUMBER: _builtins.int
     IMPORTED_FIELD_NUMBER: _builtins.int
+    LOADED_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     version: _builtins.int
     attached: _builtins.bool
     """A VM's control connection is open."""
     imported: _builtins.bool
     """The VM's side has put another TPM's state there since this worker was loaded."""
+    loaded: _builtins.bool
+    """The worker has its instance's state; without, it waits for a Load."""
     @_builtins.property
     def ordinals(self) -> _containers.RepeatedCompositeFieldContainer[Global___OrdinalCount]:
         """Commands the VM ran on the data channel since the last GetStatus, by ordinal."""
@@ -1112,10 +1507,11 @@ class Status(_message.Message):
         version: _builtins.int = ...,
         attached: _builtins.bool = ...,
         imported: _builtins.bool = ...,
+        loaded: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attached", b"attached", "epoch", b"epoch", "imported", b"imported", "ordinals", b"ordinals", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attached", b"attached", "epoch", b"epoch", "imported", b"imported", "loaded", b"loaded", "ordinals", b"ordinals", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1162,22 +1558,51 @@ class Commit(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    class _Kind:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _KindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Commit._Kind.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        PERMANENT: Commit._Kind.ValueType  # 0
+        SNAPSHOT: Commit._Kind.ValueType  # 1
+        """`sealed` is a Snapshot, `version` its version; never tried twice by the daemon, as the worker can go on without."""
+        CONSUME: Commit._Kind.ValueType  # 2
+        """The snapshot of that version is used up, by the worker that made `token` (invariant 2)."""
+
+    class Kind(_Kind, metaclass=_KindEnumTypeWrapper): ...
+    PERMANENT: Commit.Kind.ValueType  # 0
+    SNAPSHOT: Commit.Kind.ValueType  # 1
+    """`sealed` is a Snapshot, `version` its version; never tried twice by the daemon, as the worker can go on without."""
+    CONSUME: Commit.Kind.ValueType  # 2
+    """The snapshot of that version is used up, by the worker that made `token` (invariant 2)."""
+
     EPOCH_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     SEALED_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    TOKEN_FIELD_NUMBER: _builtins.int
+    ATTACHED_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     version: _builtins.int
     sealed: _builtins.bytes
+    kind: Global___Commit.Kind.ValueType
+    token: _builtins.bytes
+    attached: _builtins.bool
+    """With SNAPSHOT: a VM's control connection is open."""
     def __init__(
         self,
         *,
         epoch: _builtins.int = ...,
         version: _builtins.int = ...,
         sealed: _builtins.bytes = ...,
+        kind: Global___Commit.Kind.ValueType = ...,
+        token: _builtins.bytes = ...,
+        attached: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "sealed", b"sealed", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attached", b"attached", "epoch", b"epoch", "kind", b"kind", "sealed", b"sealed", "token", b"token", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,141 @@
+"""The worker processes of an engine host: forked ahead, each waits for the instance that it will run.
+
+A fork and the way behind the wall take a few milliseconds. A spare has both behind it, so that an instance which thaws, or is
+powered on, does not wait for them.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from vtpm.engine import descriptors, sandbox
+from vtpm.engine.exits import EXIT_STOPPED
+from vtpm.engine.software import LIBTPMS, TPM_SERVER
+from vtpm.engine.tpm_server import in_new_worker
+from vtpm.engine.v1 import link_pb2 as pb
+from vtpm.engine.worker import Worker
+
+if TYPE_CHECKING:
+    from vtpm.engine.operations import Operations
+    from vtpm.engine.software import SoftwareTpm
+
+_MAX_ORDER_SIZE: Final = 4096
+
+
+@dataclass(slots=True)
+class Child:
+    """A worker process as the engine host knows it; `instance` is empty for a spare."""
+
+    instance: str
+    epoch: int
+    engine: str
+    pid: int
+    pidfd: int
+    link: socket.socket
+
+    def take_over(self, roles: Sequence[pb.Role.ValueType], fds: Sequence[int]) -> None:
+        """Give it the instance that it was made for, with a descriptor for each role.
+
+        Raises:
+            OSError: it is gone.
+        """
+        order = pb.TakeOver(instance=self.instance, epoch=self.epoch, roles=roles)
+        socket.send_fds(self.link, [order.SerializeToString()], fds)
+
+    def parked(self) -> tuple[pb.ParkedInstance, list[int]] | None:
+        """What it left with its last words; None if it did not hibernate."""
+        try:
+            message, fds = descriptors.receive(self.link, _MAX_ORDER_SIZE, flags=socket.MSG_DONTWAIT)
+        except OSError:
+            return None
+        if not message:
+            return None
+        roles = pb.Park.FromString(message).roles
+        return pb.ParkedInstance(instance=self.instance, epoch=self.epoch, engine=self.engine, roles=roles), fds
+
+
+class Nursery:
+    """Forks workers around this process's TPM. `spares` says how many wait ahead."""
+
+    def __init__(self, tpm: SoftwareTpm, operations: Operations, *, memory_limit: int, spares: int) -> None:
+        self._tpm = tpm
+        self._operations = operations
+        self._memory_limit = memory_limit
+        self._filter = sandbox.make_filter()
+        self._wanted = spares
+        self._spares: list[Child] = []
+
+    @property
+    def short(self) -> bool:
+        """Whether a spare is missing."""
+        return len(self._spares) < self._wanted
+
+    def add_spare(self) -> Child:
+        """Fork one worker ahead."""
+        child = self._fork(pb.Spawn(engine=LIBTPMS))
+        self._spares.append(child)
+        return child
+
+    def take(self, order: pb.Spawn) -> tuple[Child, bool]:
+        """Return a worker for `order`, and whether it was forked just now."""
+        engine = order.engine or LIBTPMS
+        fresh = engine != LIBTPMS or not self._spares
+        child = self._fork(order) if fresh else self._spares.pop(0)
+        child.instance, child.epoch = order.instance, order.epoch
+        return child, fresh
+
+    def lost(self, child: Child) -> None:
+        """A worker has ended; it may have been a spare."""
+        if child in self._spares:
+            self._spares.remove(child)
+
+    def _fork(self, order: pb.Spawn) -> Child:
+        engine = order.engine or LIBTPMS
+        # A message is a message here: several may come before they are read.
+        link, worker_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        parent = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            self._become_worker(parent, worker_end.fileno(), order if engine == TPM_SERVER else None)
+        worker_end.close()
+        return Child("", 0, engine, pid, os.pidfd_open(pid), link)
+
+    def _become_worker(self, parent: int, link_fd: int, program: pb.Spawn | None) -> None:
+        """Never returns. `program` is the order of a worker whose TPM is a program."""
+        status = 1
+        try:
+            sandbox.die_with_parent(parent)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            (kept,) = sandbox.keep_descriptors([link_fd])
+            host = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, kept)
+            tpm, operations = self._make_tpm(parent, program) if program else (self._tpm, self._operations)
+            if program is None:
+                sandbox.enter(self._filter, memory_limit=self._memory_limit)
+            message, fds = descriptors.receive(host, _MAX_ORDER_SIZE)
+            if not message:
+                os._exit(EXIT_STOPPED)
+            roles = pb.TakeOver.FromString(message).roles
+            (_, operations_socket), (_, commits), *sockets = [
+                (role, socket.socket(fileno=fd)) for role, fd in zip(roles, fds, strict=True)
+            ]
+            worker = Worker(tpm, operations, host=host, operations_socket=operations_socket, commits=commits, sockets=sockets)
+            worker.run()
+        except BaseException as error:  # noqa: BLE001  # a forked child must never return into the host's loop
+            sys.stderr.write(f"worker start: {type(error).__name__}: {error}\n")
+        finally:
+            os._exit(status)
+
+    def _make_tpm(self, parent: int, order: pb.Spawn) -> tuple[SoftwareTpm, Operations]:
+        from vtpm.engine.operations import Operations
+
+        sandbox.restrict(memory_limit=self._memory_limit)
+        tpm = in_new_worker(order.program, order.hidden)
+        # Again: a change of credentials, as on entering a user namespace, may clear it.
+        sandbox.die_with_parent(parent)
+        return tpm, Operations(tpm)

@@ -1,0 +1,134 @@
+"""Snapshots of hibernated instances: taken with the instance ON, used once, forgotten when it is powered off.
+
+Invariant 2: `use` erases the snapshot durably and notes who used it, before that worker runs a command. Asked again by the same
+worker, which lost the answer, it succeeds; asked by anybody else it does not.
+
+Statements run on a connection of vtpm.store.commits, in its transaction. Plain SQL on the driver, as a guest waits.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from vtpm.errors import NotFoundError
+from vtpm.seal.envelope import StateKind
+from vtpm.seal.keys import WrappedKey
+from vtpm.store.database import errors, set_pragmas
+from vtpm.store.model import SealedState
+
+_TAKE: Final = """
+INSERT INTO snapshots (instance, epoch, version, blob, attached, used_by)
+SELECT ?, ?, ?, ?, ?, x'' FROM instances WHERE id = ? AND epoch = ? AND state = 'ON'
+ON CONFLICT (instance) DO UPDATE SET
+  epoch = excluded.epoch, version = excluded.version, blob = excluded.blob, attached = excluded.attached, used_by = x''
+WHERE snapshots.version < excluded.version OR (snapshots.version = excluded.version AND snapshots.blob = excluded.blob)
+"""
+_USE: Final = """
+UPDATE snapshots SET blob = x'', used_by = ?
+WHERE instance = ? AND epoch = ? AND version = ? AND (used_by = x'' OR used_by = ?)
+  AND epoch = (SELECT epoch FROM instances WHERE id = ? AND state = 'ON')
+"""
+_LOAD: Final = """
+SELECT k.provider, k.key_id, k.blob, s.epoch, s.version, s.blob, n.version, n.blob
+FROM data_keys k JOIN states s ON s.instance = k.instance AND s.kind = ?
+JOIN snapshots n ON n.instance = k.instance AND n.used_by = x'' AND n.epoch = ?
+WHERE k.instance = ?
+"""
+_ALL: Final = "SELECT instance, epoch, attached FROM snapshots WHERE used_by = x''"
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotCommit:
+    """A sealed snapshot that wants to become the instance's only one: under the present epoch, as a later version."""
+
+    instance: uuid.UUID
+    epoch: int
+    version: int
+    blob: bytes = field(repr=False)
+    attached: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotUse:
+    """A worker goes on from that snapshot; `token`, 16 bytes, is its own."""
+
+    instance: uuid.UUID
+    epoch: int
+    version: int
+    token: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Hibernated:
+    """What an instance goes on from."""
+
+    wrapped_key: WrappedKey
+    state: SealedState
+    snapshot: SealedState
+
+
+def take(connection: sqlite3.Connection, item: SnapshotCommit) -> str:
+    """Keep a snapshot; empty, or EPOCH_STALE."""
+    instance = item.instance.hex
+    values = (instance, item.epoch, item.version, item.blob, item.attached, instance, item.epoch)
+    return "" if connection.execute(_TAKE, values).rowcount == 1 else "EPOCH_STALE"
+
+
+def use(connection: sqlite3.Connection, item: SnapshotUse) -> str:
+    """Erase a snapshot for the one who goes on from it; empty, or SNAPSHOT_USED."""
+    instance = item.instance.hex
+    values = (item.token, instance, item.epoch, item.version, item.token, instance)
+    return "" if connection.execute(_USE, values).rowcount == 1 else "SNAPSHOT_USED"
+
+
+class SnapshotReader:
+    """Reads what a thaw needs, on a connection of its own that stays open."""
+
+    def __init__(self, path: str, url: str) -> None:
+        self._path = path
+        self._url = url
+        self._lock = threading.Lock()
+        self._connection: sqlite3.Connection | None = None
+
+    def _open(self) -> sqlite3.Connection:
+        if self._connection is None:
+            self._connection = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
+            set_pragmas(self._connection)
+        return self._connection
+
+    def close(self) -> None:
+        """Close the connection."""
+        with self._lock:
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
+
+    def load(self, instance: uuid.UUID, epoch: int) -> Hibernated:
+        """Return what `instance`, hibernated under `epoch`, goes on from.
+
+        Raises:
+            NotFoundError: SNAPSHOT_MISSING.
+        """
+        with self._lock, errors(self._url):
+            row = self._open().execute(_LOAD, (int(StateKind.PERMANENT), epoch, instance.hex)).fetchone()
+        if row is None:
+            raise NotFoundError(
+                "SNAPSHOT_MISSING", "there is no snapshot that the instance could go on from", subject=str(instance)
+            )
+        provider, key_id, key, state_epoch, state_version, state, version, snapshot = row
+        return Hibernated(
+            WrappedKey(provider, key_id, key),
+            SealedState(state_epoch, state_version, state),
+            SealedState(epoch, version, snapshot),
+        )
+
+    def all(self) -> Mapping[tuple[uuid.UUID, int], bool]:
+        """Return (instance, epoch) of every snapshot that is not used up, with whether a VM was attached."""
+        with self._lock, errors(self._url):
+            rows = self._open().execute(_ALL).fetchall()
+        return {(uuid.UUID(instance), epoch): bool(attached) for instance, epoch, attached in rows}
