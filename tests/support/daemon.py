@@ -150,6 +150,19 @@ class DaemonProcess:
         on: pb.Instance = self.client.call(self.client.instances.StartInstance, request)
         return on
 
+    def hibernate(self, name: str, timeout_s: float = 5) -> pb.Instance:
+        """Hibernate an instance, as soon as what it is busy with is done."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                request = pb.HibernateInstanceRequest(instance=name)
+                asleep: pb.Instance = self.client.call(self.client.instances.HibernateInstance, request)
+                return asleep
+            except VtpmError as error:
+                if error.reason != "INSTANCE_BUSY" or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.005)
+
     def get(self, name: str) -> pb.Instance:
         """Read an instance."""
         found: pb.Instance = self.client.call(self.client.instances.GetInstance, pb.GetInstanceRequest(instance=name))
@@ -171,9 +184,24 @@ class DaemonProcess:
 
 
 def worker_pids(host_pid: int) -> list[int]:
-    """The processes that an engine host forked."""
+    """The processes that an engine host forked for an instance."""
     children = Path(f"/proc/{host_pid}/task/{host_pid}/children")
-    return [int(pid) for pid in children.read_text().split()]
+    return [int(pid) for pid in children.read_text().split() if not is_spare(int(pid))]
+
+
+def spare_pids(host_pid: int) -> list[int]:
+    """The processes that it forked ahead."""
+    children = Path(f"/proc/{host_pid}/task/{host_pid}/children")
+    return [int(pid) for pid in children.read_text().split() if is_spare(int(pid))]
+
+
+def is_spare(pid: int) -> bool:
+    """Whether a process is a worker without an instance; also one that has just ended, or has just been forked."""
+    try:
+        name = Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return True
+    return name in ("vtpm-spare", "vtpm-engine")
 
 
 @contextlib.contextmanager

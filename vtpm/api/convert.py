@@ -13,7 +13,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from vtpm.api.v1 import instance_pb2 as pb
 from vtpm.api.v1 import tpm_pb2 as tpm_pb
 from vtpm.errors import InvalidArgumentError
-from vtpm.instance.model import CreateRequest, HostInfo, InstanceChange, LabelChanges, PcrValue
+from vtpm.instance.model import CreateRequest, DrainProgress, HostInfo, InstanceChange, LabelChanges, PcrValue
 from vtpm.store.model import InstanceRecord
 from vtpm.tpm.keys import public_pem
 from vtpm.tpm.pcr import PCR_COUNT, PcrBank, PcrSelection
@@ -217,7 +217,9 @@ def pem(tpmt_public: bytes) -> str:
     return public_pem(tpmt_public)
 
 
-def instance_to_proto(record: InstanceRecord, tpm_socket: Path, guest_socket: Path, control_socket: Path) -> pb.Instance:
+def instance_to_proto(
+    record: InstanceRecord, tpm_socket: Path, guest_socket: Path, control_socket: Path, *, hibernated: bool = False
+) -> pb.Instance:
     """Return an instance as callers see it; the sockets are None unless it is ON."""
     instance = pb.Instance(
         id=str(record.id),
@@ -247,6 +249,7 @@ def instance_to_proto(record: InstanceRecord, tpm_socket: Path, guest_socket: Pa
         guest_socket=str(guest_socket),
         control_socket=str(control_socket),
         epoch=record.epoch,
+        hibernated=hibernated,
     )
     if record.failure is not None:
         failure = record.failure
@@ -278,7 +281,16 @@ def host_to_proto(host: HostInfo) -> pb.Host:
         state_dir=str(host.state_dir),
         runtime_dir=str(host.runtime_dir),
         engine_host_pid=host.engine_host_pid,
+        awake=host.awake,
+        hibernated=host.hibernated,
+        drained=host.drained,
     )
+
+
+def drain_progress_to_proto(progress: DrainProgress) -> pb.DrainProgress:
+    """Return how far a drain is as callers see it."""
+    failures = [pb.DrainFailure(instance=item.instance, reason=item.reason, message=item.message) for item in progress.failures]
+    return pb.DrainProgress(total=progress.total, hibernated=progress.hibernated, failures=failures)
 
 
 def pcr_values_to_proto(values: Iterable[PcrValue]) -> list[tpm_pb.PcrValue]:

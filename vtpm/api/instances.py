@@ -79,6 +79,10 @@ class InstanceServicer(InstanceServiceServicer):
         )
         return await self._powered(await self._drain.complete(operation))
 
+    async def HibernateInstance(self, request: pb.HibernateInstanceRequest, context: Any) -> pb.Instance:
+        operation = self._instances.hibernate(convert.instance_ref(request.instance))
+        return self._shown(await self._drain.complete(operation))
+
     async def DeleteInstance(self, request: pb.DeleteInstanceRequest, context: Any) -> pb.DeleteInstanceResponse:
         operation = self._instances.delete(
             convert.instance_ref(request.instance),
@@ -103,5 +107,9 @@ class InstanceServicer(InstanceServiceServicer):
     def _shown(self, record: InstanceRecord) -> pb.Instance:
         instances = self._instances
         return convert.instance_to_proto(
-            record, instances.tpm_socket(record), instances.guest_socket(record), instances.control_socket(record)
+            record,
+            instances.tpm_socket(record),
+            instances.guest_socket(record),
+            instances.control_socket(record),
+            hibernated=instances.is_hibernated(record),
         )

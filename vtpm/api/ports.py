@@ -9,6 +9,7 @@ from typing import Protocol
 
 from vtpm.instance.model import (
     CreateRequest,
+    DrainProgress,
     HostInfo,
     InstanceChange,
     LabelChanges,
@@ -43,6 +44,18 @@ class Instances(Protocol):
 
     async def reset(self, ref: str, *, startup_clear: bool, revision: int | None) -> InstanceRecord:
         """_TPM_Init."""
+
+    async def hibernate(self, ref: str) -> InstanceRecord:
+        """Seal an instance that is ON into the store now."""
+
+    def is_hibernated(self, record: InstanceRecord) -> bool:
+        """Whether an instance is ON and has no process."""
+
+    def drain(self, timeout_s: float) -> AsyncIterator[DrainProgress]:
+        """Let nothing start or wake, hibernate what is awake, and say how far that is."""
+
+    def resume(self) -> None:
+        """Let instances start and wake again."""
 
     async def delete(self, ref: str, *, revision: int | None, allow_missing: bool) -> None:
         """Delete an instance that is OFF or FAILED."""

@@ -252,6 +252,16 @@ def reset(
 
 
 @app.command()
+def hibernate(names: NamesArgument, form: OutputOption = Format.TABLE) -> None:
+    """Put an instance that is ON into the store now, PCRs, sessions and all; the next command wakes it."""
+    _each(
+        names,
+        lambda client, name: client.call(client.instances.HibernateInstance, pb.HibernateInstanceRequest(instance=name)),
+        form,
+    )
+
+
+@app.command()
 def delete(
     names: NamesArgument,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,

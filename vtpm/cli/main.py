@@ -11,7 +11,7 @@ import typer
 
 from vtpm import __version__
 from vtpm.api.v1 import instance_pb2 as pb
-from vtpm.cli import exchange, exits, instances, output, tpm
+from vtpm.cli import exchange, exits, host, instances, output, tpm
 from vtpm.cli.context import OutputOption, Place, cli_settings, connected, fail, say
 from vtpm.cli.output import Format
 from vtpm.errors import VtpmError
@@ -20,12 +20,11 @@ _EPILOG = "Exit codes: " + "; ".join(f"{code} {meaning}" for code, meaning in ex
 
 app = typer.Typer(no_args_is_help=True, epilog=_EPILOG, pretty_exceptions_enable=False, help="A TPM 2.0 for every VM.")
 key_app = typer.Typer(no_args_is_help=True, help="The key-encryption key.")
-host_app = typer.Typer(no_args_is_help=True, help="The daemon and its host.")
 config_app = typer.Typer(no_args_is_help=True, help="The configuration.")
 exchange.register(instances.app)
 app.add_typer(instances.app, name="instance")
 app.add_typer(key_app, name="key")
-app.add_typer(host_app, name="host")
+app.add_typer(host.app, name="host")
 app.add_typer(config_app, name="config")
 tpm.register(app)
 
@@ -57,32 +56,7 @@ def rotate(form: OutputOption = Format.TABLE) -> None:
     """Make a new key-encryption key and wrap every data key with it; sealed states are not touched."""
     with connected() as client:
         made: pb.RotateKeyResponse = client.call(client.host.RotateKey, pb.RotateKeyRequest())
-    _print({"key_id": made.key_id, "rewrapped": made.rewrapped}, form)
-
-
-@host_app.command("show")
-def show_host(form: OutputOption = Format.TABLE) -> None:
-    """Show what runs here."""
-    with connected() as client:
-        host: pb.Host = client.call(client.host.GetHost, pb.GetHostRequest())
-    value = {
-        "version": host.version,
-        "start_time": host.start_time.ToJsonString(),
-        "instances": dict(host.instances),
-        "engines": [
-            {"name": item.name, "version": item.version, "available": item.available, "hibernation": item.hibernation}
-            for item in host.engines
-        ],
-        "key_provider": host.key_provider,
-        "key_id": host.key_id,
-        "state_dir": host.state_dir,
-        "runtime_dir": host.runtime_dir,
-        "engine_host_pid": host.engine_host_pid,
-    }
-    if form is Format.TABLE:
-        value["instances"] = ", ".join(f"{state} {count}" for state, count in host.instances.items())
-        value["engines"] = ", ".join(f"{item.name} {item.version}".strip() for item in host.engines if item.available)
-    _print(value, form)
+    output.result({"key_id": made.key_id, "rewrapped": made.rewrapped}, form)
 
 
 @config_app.command()
@@ -95,7 +69,7 @@ def check(config_file: ConfigFileOption = None) -> None:
 @config_app.command("show")
 def show_config(config_file: ConfigFileOption = None, form: OutputOption = Format.TABLE) -> None:
     """Show every setting in force."""
-    _print(_settings(config_file).model_dump(mode="json"), form)
+    output.result(_settings(config_file).model_dump(mode="json"), form)
 
 
 def _settings(config_file: Path | None):  # type: ignore[no-untyped-def]  # imported late: pydantic costs start-up time
@@ -105,13 +79,6 @@ def _settings(config_file: Path | None):  # type: ignore[no-untyped-def]  # impo
     if config_file is not None:
         given["config_file"] = config_file
     return Settings.load(given)
-
-
-def _print(value: dict[str, object], form: Format) -> None:
-    if form is Format.TABLE:
-        output.mapping(value)
-    else:
-        output.emit(value, form)
 
 
 def main() -> None:

@@ -45,6 +45,7 @@ def instance_dict(instance: pb.Instance) -> dict[str, Any]:
         ],
         "engine": instance.engine,
         "epoch": instance.epoch,
+        "hibernated": instance.hibernated,
         "etag": instance.etag,
         "tpm_socket": instance.tpm_socket,
         "guest_socket": instance.guest_socket,
@@ -74,6 +75,14 @@ def emit(value: Any, form: Format) -> None:
         import yaml
 
         sys.stdout.write(yaml.safe_dump(value, sort_keys=False, allow_unicode=True))
+
+
+def result(value: dict[str, Any], form: Format) -> None:
+    """Print names and values."""
+    if form is Format.TABLE:
+        mapping(value)
+    else:
+        emit(value, form)
 
 
 def instances(found: Sequence[pb.Instance], form: Format) -> None:

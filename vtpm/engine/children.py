@@ -19,7 +19,7 @@ from vtpm.engine.exits import EXIT_STOPPED
 from vtpm.engine.software import LIBTPMS, TPM_SERVER
 from vtpm.engine.tpm_server import in_new_worker
 from vtpm.engine.v1 import link_pb2 as pb
-from vtpm.engine.worker import Worker
+from vtpm.engine.worker import GOING_ON, Worker
 
 if TYPE_CHECKING:
     from vtpm.engine.operations import Operations
@@ -38,6 +38,10 @@ class Child:
     pid: int
     pidfd: int
     link: socket.socket
+    # What it was given of a parked instance and has not gone on from yet; kept, as it may die before.
+    moving: tuple[pb.ParkedInstance, list[int]] | None = None
+    # What it left with its last words.
+    left: tuple[pb.ParkedInstance, list[int]] | None = None
 
     def take_over(self, roles: Sequence[pb.Role.ValueType], fds: Sequence[int]) -> None:
         """Give it the instance that it was made for, with a descriptor for each role.
@@ -48,16 +52,27 @@ class Child:
         order = pb.TakeOver(instance=self.instance, epoch=self.epoch, roles=roles)
         socket.send_fds(self.link, [order.SerializeToString()], fds)
 
-    def parked(self) -> tuple[pb.ParkedInstance, list[int]] | None:
-        """What it left with its last words; None if it did not hibernate."""
+    def listen(self) -> bool:
+        """Take one message of it; False if there is none."""
         try:
             message, fds = descriptors.receive(self.link, _MAX_ORDER_SIZE, flags=socket.MSG_DONTWAIT)
         except OSError:
-            return None
+            return False
         if not message:
-            return None
-        roles = pb.Park.FromString(message).roles
-        return pb.ParkedInstance(instance=self.instance, epoch=self.epoch, engine=self.engine, roles=roles), fds
+            return False
+        if message == GOING_ON:
+            self.settle()
+        else:
+            roles = pb.Park.FromString(message).roles
+            about = pb.ParkedInstance(instance=self.instance, epoch=self.epoch, engine=self.engine, roles=roles)
+            self.left = about, fds
+        return True
+
+    def settle(self) -> None:
+        """The worker has what it was given."""
+        if self.moving is not None:
+            descriptors.close_all(self.moving[1])
+            self.moving = None
 
 
 class Nursery:
@@ -111,6 +126,7 @@ class Nursery:
         status = 1
         try:
             sandbox.die_with_parent(parent)
+            sandbox.name_process("vtpm-spare")
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             (kept,) = sandbox.keep_descriptors([link_fd])
             host = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, kept)
@@ -120,6 +136,7 @@ class Nursery:
             message, fds = descriptors.receive(host, _MAX_ORDER_SIZE)
             if not message:
                 os._exit(EXIT_STOPPED)
+            sandbox.name_process("vtpm-worker")
             roles = pb.TakeOver.FromString(message).roles
             (_, operations_socket), (_, commits), *sockets = [
                 (role, socket.socket(fileno=fd)) for role, fd in zip(roles, fds, strict=True)

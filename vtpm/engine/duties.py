@@ -48,6 +48,9 @@ class Power(Protocol):
     def go_on(self, permanent: bytes, snapshot: pb.Snapshot) -> None:
         """Take the TPM and the loop to where another worker stopped."""
 
+    def gone_on(self) -> None:
+        """The snapshot is used up."""
+
     def start_up(self, ak_algorithm: KeyAlgorithm | None) -> None:
         """What firmware does after that."""
 
@@ -165,6 +168,7 @@ class Duties:
             self._events += snapshot.events
             # Invariant 2: forgotten durably before the first command runs.
             self._durable.finish_consume()
+            self._power.gone_on()
         elif order.without_init:
             self._tpm.permanent = permanent
         else:

@@ -93,6 +93,7 @@ class EngineHost:
             if not ready:
                 child = self._nursery.add_spare()
                 self._watch(child.pidfd, functools.partial(self._on_exit, child))
+                self._watch(child.link.fileno(), functools.partial(self._on_link, child))
             for fd, _event in ready:
                 handler = self._handlers.get(fd)
                 if handler is not None:
@@ -187,15 +188,16 @@ class EngineHost:
         roles = [pb.OPERATIONS, pb.COMMITS, *([pb.DATA_LISTENER, pb.CONTROL_LISTENER] if order.listeners else [])]
         if len(fds) != len(roles):
             raise ValueError("wrong number of descriptors")
-        reply.pid = self._employ(order, roles, fds)
+        reply.pid = self._employ(order, roles, fds).pid
         return []
 
-    def _employ(self, order: pb.Spawn, roles: list[pb.Role.ValueType], fds: list[int]) -> int:
-        """Give an instance to a worker; return its process id."""
+    def _employ(self, order: pb.Spawn, roles: list[pb.Role.ValueType], fds: list[int]) -> Child:
+        """Give an instance to a worker."""
         while True:
             child, fresh = self._nursery.take(order)
             if fresh:
                 self._watch(child.pidfd, functools.partial(self._on_exit, child))
+                self._watch(child.link.fileno(), functools.partial(self._on_link, child))
             try:
                 child.take_over(roles, fds)
             except OSError:
@@ -205,19 +207,31 @@ class EngineHost:
                     raise
                 continue
             self._children[order.instance] = child
-            return child.pid
+            return child
+
+    def _on_link(self, child: Child) -> None:
+        if not child.listen():
+            self._unwatch(child.link.fileno())
 
     def _on_exit(self, child: Child) -> None:
         self._unwatch(child.pidfd)
         os.close(child.pidfd)
         _, wait_status = os.waitpid(child.pid, 0)
         self._nursery.lost(child)
+        while child.listen():
+            pass
+        self._unwatch(child.link.fileno())
+        child.link.close()
         status = os.waitstatus_to_exitcode(wait_status)
         exited = pb.WorkerExited(instance=child.instance, epoch=child.epoch, pid=child.pid, status=status)
-        if status == EXIT_HIBERNATED and (left := child.parked()) is not None:
-            self._parking.add(*left)
-            exited.parked.CopyFrom(left[0])
-        child.link.close()
+        if status == EXIT_HIBERNATED and child.left is not None:
+            self._parking.add(*child.left)
+            exited.parked.CopyFrom(child.left[0])
+        elif child.moving is not None:
+            # It died before it went on from the snapshot, so that another can.
+            child.moving[0].woken = True
+            self._parking.add(*child.moving)
+            exited.parked.CopyFrom(child.moving[0])
         if self._children.get(child.instance) is not child:
             # A spare: nobody knows of it.
             return
@@ -240,12 +254,13 @@ class EngineHost:
         about, parked = self._parking.take(request.thaw.instance)
         try:
             order = pb.Spawn(instance=about.instance, epoch=about.epoch, engine=about.engine)
-            reply.pid = self._employ(order, [pb.OPERATIONS, pb.COMMITS, *about.roles], [*fds, *parked])
+            child = self._employ(order, [pb.OPERATIONS, pb.COMMITS, *about.roles], [*fds, *parked])
         except BaseException:
             about.woken = True
             self._parking.add(about, parked)
             raise
-        descriptors.close_all(parked)
+        child.moving = about, parked
+        reply.pid = child.pid
         return []
 
     def _adopt(self, request: pb.HostRequest, fds: list[int], _reply: pb.HostReply) -> list[int]:
@@ -310,6 +325,7 @@ def main(arguments: list[str]) -> int:
     """Run an engine host on the listening socket given by number: `LISTENER_FD SOCKET_PATH MEMORY_LIMIT`."""
     listener_fd, path, memory_limit = int(arguments[0]), Path(arguments[1]), int(arguments[2])
     sandbox.forbid_dumps()
+    sandbox.name_process("vtpm-engine")
     sandbox.raise_descriptor_limit(_DESCRIPTORS)
     # Signals to the daemon's process group are not meant for the VMs' TPMs.
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGPIPE):

@@ -21,6 +21,7 @@ from vtpm.errors import EngineError
 
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_DUMPABLE: Final = 4
+_PR_SET_NAME: Final = 15
 _PR_SET_NO_NEW_PRIVS: Final = 38
 _PR_SET_SECCOMP: Final = 22
 _PR_CAPBSET_DROP: Final = 24
@@ -126,6 +127,7 @@ def make_filter() -> Filter:
     # Memory may be mapped and changed, but never made executable.
     for name in ("mmap", "mprotect"):
         rules.add_rule(pyseccomp.ALLOW, name, pyseccomp.Arg(2, pyseccomp.MASKED_EQ, _PROT_EXEC, 0))
+    rules.add_rule(pyseccomp.ALLOW, "prctl", pyseccomp.Arg(0, pyseccomp.EQ, _PR_SET_NAME))
     rules.add_rule(pyseccomp.ALLOW, "ioctl", pyseccomp.Arg(1, pyseccomp.EQ, _FIONBIO))
     with open(os.memfd_create("filter"), "rb+") as file:  # noqa: PTH123  # it has no path
         rules.export_bpf(file)
@@ -146,6 +148,12 @@ def _prctl(option: int, value: int, address: int = 0) -> None:
     if _libc.prctl(option, ctypes.c_ulong(value), ctypes.c_ulong(address), 0, 0) != 0:
         code = ctypes.get_errno()
         raise EngineError("SANDBOX_FAILED", f"prctl {option} failed: {os.strerror(code)}")
+
+
+def name_process(name: str) -> None:
+    """Give this process a name for `ps` and `top`, of at most 15 characters."""
+    text = ctypes.create_string_buffer(name.encode())
+    _libc.prctl(_PR_SET_NAME, text, 0, 0, 0)
 
 
 def die_with_parent(parent: int) -> None:

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 ATTACH: Final = b"A"
 CONNECT: Final = b"C"
 HIBERNATE: Final = b"H"
+# What a worker tells the engine host: it has gone on from a snapshot, which nobody else can any more.
+GOING_ON: Final = b"G"
 
 MAX_CONTROLS: Final = 8
 _CONTROL_SEND_TIMEOUT_S: Final = 5.0
@@ -222,6 +224,12 @@ class Worker:
         """See Loop."""
         snapshot.started_here, snapshot.imported = self._started_here, self.imported
         self._duties.fill(snapshot)
+
+    def gone_on(self) -> None:
+        """See vtpm.engine.duties.Power."""
+        # Without an engine host this worker ends soon.
+        with contextlib.suppress(OSError):
+            self._host.send(GOING_ON)
 
     def go_on(self, permanent: bytes, snapshot: pb.Snapshot) -> None:
         """See vtpm.engine.duties.Power."""

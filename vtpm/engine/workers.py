@@ -14,6 +14,7 @@ from typing import Final
 
 import structlog
 
+from vtpm.crashpoints import crash_point
 from vtpm.engine.committer import Committer
 from vtpm.engine.exits import (
     EXIT_COMMIT_REFUSED,
@@ -148,7 +149,8 @@ class Workers:
         if key not in self._links:
             return
         match exited.status:
-            case status if status == EXIT_HIBERNATED and exited.HasField("parked"):
+            case _ if exited.HasField("parked"):
+                # Hibernated, or dead before it went on from a snapshot.
                 _, events = self._links[key]
                 self._forget(key)
                 self._parked[key] = events
@@ -284,6 +286,7 @@ class Workers:
             await held[0].request(pb.WorkerRequest(load=load))
             return held[0]
         host = await self._live_host()
+        crash_point("thaw.before_hand_over")
         with _SocketPairs() as pairs:
             self._committer.add(order.instance, order.epoch, pairs.commits)
             link = await WorkerLink.open(order.instance, pairs.operations)
@@ -293,6 +296,7 @@ class Workers:
             try:
                 await host.request(pb.HostRequest(thaw=pb.Thaw(instance=key[0])), pairs.worker_ends)
                 self._parked.pop(key, None)
+                crash_point("thaw.after_hand_over")
             except BaseException:
                 loaded.cancel()
                 if key in self._links:

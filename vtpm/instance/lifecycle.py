@@ -137,19 +137,8 @@ class Lifecycle:
                     log.warning("instance.stale_worker_stopped", instance=str(adopted.instance), epoch=adopted.epoch)
                     await adopted.tpm.stop()
                     continue
-                status = await adopted.tpm.status()
-                if not status.loaded:
-                    # The daemon before this one ended between fork and state: the worker still waits for it.
-                    if (record.id, record.epoch) not in snapshots:
-                        await adopted.tpm.stop()
-                        powered_off.add((record.id, record.epoch))
-                        continue
-                    self.thaws.enter(record, attached=status.attached, woken=True)
-                    continue
-                self.enter(self._running_of(record, adopted.tpm))
-                log.info("instance.adopted", instance=str(record.id), name=record.name, epoch=record.epoch)
-                if status.imported:
-                    self.imported(record.id, record.epoch)
+                if not await self._adopt(record, adopted.tpm, snapshots.get((record.id, record.epoch))):
+                    powered_off.add((record.id, record.epoch))
             for parked in found.parked:
                 record = owned.get(parked.instance)
                 if record is None or record.epoch != parked.epoch or (record.id, record.epoch) not in snapshots:
@@ -178,6 +167,30 @@ class Lifecycle:
                 )
                 await self.fail(record, loss)
         self.sockets.remove_all_but(set(self._running))
+
+    async def _adopt(self, record: InstanceRecord, tpm: RunningTpm, attached: bool | None) -> bool:
+        """Take over a worker; `attached` is None if its instance has no snapshot. False if it has nothing that it could run."""
+        # In the table first: it may just be about to hibernate.
+        running = self._running_of(record, tpm)
+        self.enter(running)
+        try:
+            status = await running.tpm.status()
+        except EngineError as error:
+            # It has ended, and `ended` has said how.
+            log.warning("instance.adopt_failed", instance=str(record.id), reason=error.reason)
+            return True
+        if not status.loaded:
+            # The daemon before this one ended when the worker had no state yet.
+            if attached is None:
+                self.leave(record)
+                await tpm.stop()
+                return False
+            running.tpm.fell_asleep(attached=attached)
+            self.wanted(record.id, record.epoch)
+        log.info("instance.adopted", instance=str(record.id), name=record.name, epoch=record.epoch)
+        if status.imported:
+            self.imported(record.id, record.epoch)
+        return True
 
     async def close(self) -> None:
         """Let go: running TPMs run on with the engine host."""
@@ -377,6 +390,10 @@ class Lifecycle:
         return record
 
     async def _power_on(self, record: InstanceRecord, *, startup_clear: bool, without_init: bool = False) -> InstanceRecord:
+        if self.thaws.held:
+            raise FailedPreconditionError(
+                "HOST_DRAINED", "the host is drained: no instance starts", subject=record.name, remedy="vtpm host resume"
+            )
         if self._max_running and len(self._running) >= self._max_running:
             raise VtpmError(
                 "TOO_MANY_RUNNING",

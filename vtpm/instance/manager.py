@@ -18,8 +18,10 @@ from vtpm import __version__
 from vtpm.engine.v1 import link_pb2 as pb
 from vtpm.errors import ConflictError, FailedPreconditionError, InvalidArgumentError, NotFoundError, StoreError
 from vtpm.instance.lifecycle import Lifecycle
+from vtpm.instance.maintenance import Maintenance
 from vtpm.instance.model import (
     CreateRequest,
+    DrainProgress,
     HostInfo,
     InstanceChange,
     LabelChanges,
@@ -66,6 +68,7 @@ class InstanceManager:
         self._manufacturing = asyncio.Semaphore(max(2, os.cpu_count() or 1))
         self._creating: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         self._rotating = False
+        self._maintenance = Maintenance(lifecycle)
 
     # ---- resources -------------------------------------------------------------------------------------------------------
 
@@ -149,6 +152,21 @@ class InstanceManager:
         """See Lifecycle.reset."""
         return await self._lifecycle.reset(ref, startup_clear=startup_clear, revision=revision)
 
+    async def hibernate(self, ref: str) -> InstanceRecord:
+        """Seal an instance that is ON into the store now; one that hibernates already is returned as it is.
+
+        Raises:
+            FailedPreconditionError: INSTANCE_NOT_ON or INSTANCE_BUSY.
+        """
+        running = await self._tpm(ref)
+        await running.tpm.hibernate()
+        return running.record
+
+    def is_hibernated(self, record: InstanceRecord) -> bool:
+        """Whether an instance is ON and has no process."""
+        running = self._lifecycle.by_id(record.id)
+        return running is not None and running.tpm.asleep
+
     async def delete(self, ref: str, *, revision: int | None, allow_missing: bool) -> None:
         """Delete an instance that is OFF or FAILED; its data key goes first."""
         try:
@@ -207,7 +225,18 @@ class InstanceManager:
             state_dir=self._state_dir,
             runtime_dir=self._runtime_dir,
             engine_host_pid=self._engine_host_pid(),
+            awake=sum(not running.tpm.asleep for running in self._lifecycle.all_running()),
+            hibernated=sum(running.tpm.asleep for running in self._lifecycle.all_running()),
+            drained=self._lifecycle.thaws.held,
         )
+
+    def drain(self, timeout_s: float) -> AsyncIterator[DrainProgress]:
+        """See Maintenance.drain."""
+        return self._maintenance.drain(timeout_s)
+
+    def resume(self) -> None:
+        """See Maintenance.resume."""
+        self._maintenance.resume()
 
     async def rotate_key(self) -> tuple[str, int]:
         """Make a new key-encryption key, wrap every data key with it, destroy the old ones; return its id and the count."""

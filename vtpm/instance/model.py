@@ -14,6 +14,8 @@ from vtpm.store.model import InstanceRecord
 __all__ = [
     "ChangeKind",
     "CreateRequest",
+    "DrainFailure",
+    "DrainProgress",
     "EngineCapabilities",
     "HostInfo",
     "InstanceChange",
@@ -70,6 +72,27 @@ class HostInfo:
     state_dir: Path
     runtime_dir: Path
     engine_host_pid: int
+    awake: int
+    hibernated: int
+    drained: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DrainFailure:
+    """An instance, by name, that stays awake though the host is drained."""
+
+    instance: str
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class DrainProgress:
+    """How many of the `total` instances that were awake hibernate now."""
+
+    total: int
+    hibernated: int
+    failures: tuple[DrainFailure, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

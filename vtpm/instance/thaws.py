@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 log: Final = structlog.get_logger("vtpm.instance")
 
 _RETRY_S: Final = 0.5
+# How many workers may die over one snapshot.
+_ATTEMPTS: Final = 5
 # What the worker's own end, or the engine host's, is told of elsewhere.
 _REPORTED: Final = ("TPM_LOST", "ENGINE_HOST_LOST", "ENGINE_HOST_UNREACHABLE", "ENGINE_HOST_REFUSED")
 
@@ -101,6 +103,8 @@ class Thaws:
         if running is not None:
             running.tpm.fell_asleep(attached=parked.attached)
             log.debug("instance.hibernated", instance=str(parked.instance), epoch=parked.epoch)
+            if parked.woken:
+                self._wake(running)
 
     def wanted(self, instance: uuid.UUID, epoch: int) -> None:
         """See EngineEvents."""
@@ -149,6 +153,7 @@ class Thaws:
             )  # fmt: skip
         record = running.record
         begun = time.monotonic()
+        attempts = 0
         while True:
             try:
                 order = await self._order(record)
@@ -159,7 +164,13 @@ class Thaws:
                     log.error("instance.thaw_waits", instance=str(record.id), reason=error.reason, remedy=error.remedy)
                     await asyncio.sleep(_RETRY_S)
                     continue
-                if error.reason not in _REPORTED:
+                if error.reason == "TPM_LOST" and await running.tpm.asleep_again():
+                    # Its worker died before it went on from the snapshot, which is as good as before.
+                    attempts += 1
+                    if attempts < _ATTEMPTS:
+                        continue
+                    await self._give_up(running, error)
+                elif error.reason not in _REPORTED:
                     await self._give_up(running, error)
                 raise
             self.observe(time.monotonic() - begun)

@@ -85,6 +85,14 @@ class WakefulTpm:
         if not task.cancelled():
             task.exception()
 
+    async def asleep_again(self) -> bool:
+        """While it is being thawed and its worker was lost: whether another worker may try."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._left.wait(), _END_TIMEOUT_S)
+        again = self._left.is_set() and not self._ended
+        self._left.clear()
+        return again
+
     async def _hibernated(self, tpm: RunningTpm) -> bool:
         """Whether `tpm`, which does not answer any more, has hibernated."""
         if self._tpm is tpm:

@@ -118,7 +118,9 @@ class SnapshotReader:
             row = self._open().execute(_LOAD, (int(StateKind.PERMANENT), epoch, instance.hex)).fetchone()
         if row is None:
             raise NotFoundError(
-                "SNAPSHOT_MISSING", "there is no snapshot that the instance could go on from", subject=str(instance)
+                "SNAPSHOT_MISSING",
+                "the snapshot is used up: the worker that went on from it has ended",
+                subject=str(instance),
             )
         provider, key_id, key, state_epoch, state_version, state, version, snapshot = row
         return Hibernated(

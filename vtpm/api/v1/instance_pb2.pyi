@@ -268,6 +268,7 @@ class Instance(_message.Message):
     GUEST_SOCKET_FIELD_NUMBER: _builtins.int
     CONTROL_SOCKET_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
+    HIBERNATED_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """UUID, given by the service, never reused."""
     name: _builtins.str
@@ -285,6 +286,8 @@ class Instance(_message.Message):
     """Control socket of the swtpm protocol: what QEMU's chardev connects to. Always there; a connection powers the instance on."""
     epoch: _builtins.int
     """Ownership epoch: rises with every power on."""
+    hibernated: _builtins.bool
+    """ON, and without a process: all of it is sealed in the store."""
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     @_builtins.property
@@ -317,10 +320,11 @@ class Instance(_message.Message):
         guest_socket: _builtins.str = ...,
         control_socket: _builtins.str = ...,
         epoch: _builtins.int = ...,
+        hibernated: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "failure", b"failure", "profile", b"profile", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["control_socket", b"control_socket", "create_time", b"create_time", "engine", b"engine", "epoch", b"epoch", "etag", b"etag", "failure", b"failure", "guest_socket", b"guest_socket", "id", b"id", "keys", b"keys", "labels", b"labels", "name", b"name", "profile", b"profile", "state", b"state", "tpm_socket", b"tpm_socket", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["control_socket", b"control_socket", "create_time", b"create_time", "engine", b"engine", "epoch", b"epoch", "etag", b"etag", "failure", b"failure", "guest_socket", b"guest_socket", "hibernated", b"hibernated", "id", b"id", "keys", b"keys", "labels", b"labels", "name", b"name", "profile", b"profile", "state", b"state", "tpm_socket", b"tpm_socket", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -577,6 +581,25 @@ class ResetInstanceRequest(_message.Message):
 Global___ResetInstanceRequest: _TypeAlias = ResetInstanceRequest  # noqa: Y015
 
 @_typing.final
+class HibernateInstanceRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INSTANCE_FIELD_NUMBER: _builtins.int
+    instance: _builtins.str
+    def __init__(
+        self,
+        *,
+        instance: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["instance", b"instance"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HibernateInstanceRequest: _TypeAlias = HibernateInstanceRequest  # noqa: Y015
+
+@_typing.final
 class DeleteInstanceRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -766,6 +789,9 @@ class Host(_message.Message):
     STATE_DIR_FIELD_NUMBER: _builtins.int
     RUNTIME_DIR_FIELD_NUMBER: _builtins.int
     ENGINE_HOST_PID_FIELD_NUMBER: _builtins.int
+    AWAKE_FIELD_NUMBER: _builtins.int
+    HIBERNATED_FIELD_NUMBER: _builtins.int
+    DRAINED_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     key_provider: _builtins.str
     key_id: _builtins.str
@@ -774,6 +800,11 @@ class Host(_message.Message):
     runtime_dir: _builtins.str
     engine_host_pid: _builtins.int
     """Process id of the engine host."""
+    awake: _builtins.int
+    """Of the instances that are ON: those with a process, and those that hibernate."""
+    hibernated: _builtins.int
+    drained: _builtins.bool
+    """No instance starts or wakes: see DrainHost."""
     @_builtins.property
     def engines(self) -> _containers.RepeatedCompositeFieldContainer[Global___EngineCapabilities]: ...
     @_builtins.property
@@ -794,14 +825,121 @@ class Host(_message.Message):
         state_dir: _builtins.str = ...,
         runtime_dir: _builtins.str = ...,
         engine_host_pid: _builtins.int = ...,
+        awake: _builtins.int = ...,
+        hibernated: _builtins.int = ...,
+        drained: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine_host_pid", b"engine_host_pid", "engines", b"engines", "instances", b"instances", "key_id", b"key_id", "key_provider", b"key_provider", "runtime_dir", b"runtime_dir", "start_time", b"start_time", "state_dir", b"state_dir", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["awake", b"awake", "drained", b"drained", "engine_host_pid", b"engine_host_pid", "engines", b"engines", "hibernated", b"hibernated", "instances", b"instances", "key_id", b"key_id", "key_provider", b"key_provider", "runtime_dir", b"runtime_dir", "start_time", b"start_time", "state_dir", b"state_dir", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Host: _TypeAlias = Host  # noqa: Y015
+
+@_typing.final
+class DrainHostRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIMEOUT_S_FIELD_NUMBER: _builtins.int
+    timeout_s: _builtins.int
+    """How long to wait for instances that are busy, in seconds; default 60."""
+    def __init__(
+        self,
+        *,
+        timeout_s: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["timeout_s", b"timeout_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainHostRequest: _TypeAlias = DrainHostRequest  # noqa: Y015
+
+@_typing.final
+class DrainProgress(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOTAL_FIELD_NUMBER: _builtins.int
+    HIBERNATED_FIELD_NUMBER: _builtins.int
+    FAILURES_FIELD_NUMBER: _builtins.int
+    total: _builtins.int
+    """Instances that were ON with a process when the drain began, and how many of them hibernate now."""
+    hibernated: _builtins.int
+    @_builtins.property
+    def failures(self) -> _containers.RepeatedCompositeFieldContainer[Global___DrainFailure]:
+        """Set in the last message: who stayed awake, and why."""
+
+    def __init__(
+        self,
+        *,
+        total: _builtins.int = ...,
+        hibernated: _builtins.int = ...,
+        failures: _abc.Iterable[Global___DrainFailure] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failures", b"failures", "hibernated", b"hibernated", "total", b"total"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainProgress: _TypeAlias = DrainProgress  # noqa: Y015
+
+@_typing.final
+class DrainFailure(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INSTANCE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    instance: _builtins.str
+    reason: _builtins.str
+    message: _builtins.str
+    def __init__(
+        self,
+        *,
+        instance: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["instance", b"instance", "message", b"message", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainFailure: _TypeAlias = DrainFailure  # noqa: Y015
+
+@_typing.final
+class ResumeHostRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumeHostRequest: _TypeAlias = ResumeHostRequest  # noqa: Y015
+
+@_typing.final
+class ResumeHostResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ResumeHostResponse: _TypeAlias = ResumeHostResponse  # noqa: Y015
 
 @_typing.final
 class RotateKeyRequest(_message.Message):

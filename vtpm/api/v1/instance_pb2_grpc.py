@@ -77,6 +77,11 @@ class InstanceServiceStub:
                 request_serializer=vtpm_dot_api_dot_v1_dot_instance__pb2.DeleteInstanceRequest.SerializeToString,
                 response_deserializer=vtpm_dot_api_dot_v1_dot_instance__pb2.DeleteInstanceResponse.FromString,
                 _registered_method=True)
+        self.HibernateInstance = channel.unary_unary(
+                '/vtpm.v1.InstanceService/HibernateInstance',
+                request_serializer=vtpm_dot_api_dot_v1_dot_instance__pb2.HibernateInstanceRequest.SerializeToString,
+                response_deserializer=vtpm_dot_api_dot_v1_dot_instance__pb2.Instance.FromString,
+                _registered_method=True)
         self.WatchInstances = channel.unary_stream(
                 '/vtpm.v1.InstanceService/WatchInstances',
                 request_serializer=vtpm_dot_api_dot_v1_dot_instance__pb2.WatchInstancesRequest.SerializeToString,
@@ -146,6 +151,14 @@ class InstanceServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def HibernateInstance(self, request, context):
+        """Seals an instance that is ON into the store, PCRs, sessions and all; it has no process until somebody wants it. Idle instances
+        hibernate by themselves (setting `idle_timeout_s`). Refused with INSTANCE_BUSY while a command or a request is under way.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WatchInstances(self, request, context):
         """Sends each matching instance once as it is, then every change to one, until the client cancels.
         """
@@ -195,6 +208,11 @@ def add_InstanceServiceServicer_to_server(servicer, server):
                     servicer.DeleteInstance,
                     request_deserializer=vtpm_dot_api_dot_v1_dot_instance__pb2.DeleteInstanceRequest.FromString,
                     response_serializer=vtpm_dot_api_dot_v1_dot_instance__pb2.DeleteInstanceResponse.SerializeToString,
+            ),
+            'HibernateInstance': grpc.unary_unary_rpc_method_handler(
+                    servicer.HibernateInstance,
+                    request_deserializer=vtpm_dot_api_dot_v1_dot_instance__pb2.HibernateInstanceRequest.FromString,
+                    response_serializer=vtpm_dot_api_dot_v1_dot_instance__pb2.Instance.SerializeToString,
             ),
             'WatchInstances': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchInstances,
@@ -432,6 +450,33 @@ class InstanceService:
             _registered_method=True)
 
     @staticmethod
+    def HibernateInstance(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vtpm.v1.InstanceService/HibernateInstance',
+            vtpm_dot_api_dot_v1_dot_instance__pb2.HibernateInstanceRequest.SerializeToString,
+            vtpm_dot_api_dot_v1_dot_instance__pb2.Instance.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def WatchInstances(request,
             target,
             options=(),
@@ -479,6 +524,16 @@ class HostServiceStub:
                 request_serializer=vtpm_dot_api_dot_v1_dot_instance__pb2.RotateKeyRequest.SerializeToString,
                 response_deserializer=vtpm_dot_api_dot_v1_dot_instance__pb2.RotateKeyResponse.FromString,
                 _registered_method=True)
+        self.DrainHost = channel.unary_stream(
+                '/vtpm.v1.HostService/DrainHost',
+                request_serializer=vtpm_dot_api_dot_v1_dot_instance__pb2.DrainHostRequest.SerializeToString,
+                response_deserializer=vtpm_dot_api_dot_v1_dot_instance__pb2.DrainProgress.FromString,
+                _registered_method=True)
+        self.ResumeHost = channel.unary_unary(
+                '/vtpm.v1.HostService/ResumeHost',
+                request_serializer=vtpm_dot_api_dot_v1_dot_instance__pb2.ResumeHostRequest.SerializeToString,
+                response_deserializer=vtpm_dot_api_dot_v1_dot_instance__pb2.ResumeHostResponse.FromString,
+                _registered_method=True)
 
 
 class HostServiceServicer:
@@ -499,6 +554,21 @@ class HostServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DrainHost(self, request, context):
+        """Before maintenance: hibernates every instance that is ON and lets none start or wake, until ResumeHost or the next daemon.
+        Sends the progress and ends when nothing is left in memory, or nothing that can hibernate.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResumeHost(self, request, context):
+        """Lets instances start and wake again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_HostServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -511,6 +581,16 @@ def add_HostServiceServicer_to_server(servicer, server):
                     servicer.RotateKey,
                     request_deserializer=vtpm_dot_api_dot_v1_dot_instance__pb2.RotateKeyRequest.FromString,
                     response_serializer=vtpm_dot_api_dot_v1_dot_instance__pb2.RotateKeyResponse.SerializeToString,
+            ),
+            'DrainHost': grpc.unary_stream_rpc_method_handler(
+                    servicer.DrainHost,
+                    request_deserializer=vtpm_dot_api_dot_v1_dot_instance__pb2.DrainHostRequest.FromString,
+                    response_serializer=vtpm_dot_api_dot_v1_dot_instance__pb2.DrainProgress.SerializeToString,
+            ),
+            'ResumeHost': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResumeHost,
+                    request_deserializer=vtpm_dot_api_dot_v1_dot_instance__pb2.ResumeHostRequest.FromString,
+                    response_serializer=vtpm_dot_api_dot_v1_dot_instance__pb2.ResumeHostResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -568,6 +648,60 @@ class HostService:
             '/vtpm.v1.HostService/RotateKey',
             vtpm_dot_api_dot_v1_dot_instance__pb2.RotateKeyRequest.SerializeToString,
             vtpm_dot_api_dot_v1_dot_instance__pb2.RotateKeyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrainHost(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/vtpm.v1.HostService/DrainHost',
+            vtpm_dot_api_dot_v1_dot_instance__pb2.DrainHostRequest.SerializeToString,
+            vtpm_dot_api_dot_v1_dot_instance__pb2.DrainProgress.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResumeHost(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/vtpm.v1.HostService/ResumeHost',
+            vtpm_dot_api_dot_v1_dot_instance__pb2.ResumeHostRequest.SerializeToString,
+            vtpm_dot_api_dot_v1_dot_instance__pb2.ResumeHostResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -52,6 +52,10 @@ class InstanceServiceStub:
     """_TPM_Init, as at a reset of the VM. Also takes a FAILED instance back to ON."""
     DeleteInstance: _grpc.UnaryUnaryMultiCallable[_instance_pb2.DeleteInstanceRequest, _instance_pb2.DeleteInstanceResponse]
     """Deletes an instance that is OFF or FAILED: the data key first (crypto-erase), then the rest."""
+    HibernateInstance: _grpc.UnaryUnaryMultiCallable[_instance_pb2.HibernateInstanceRequest, _instance_pb2.Instance]
+    """Seals an instance that is ON into the store, PCRs, sessions and all; it has no process until somebody wants it. Idle instances
+    hibernate by themselves (setting `idle_timeout_s`). Refused with INSTANCE_BUSY while a command or a request is under way.
+    """
     WatchInstances: _grpc.UnaryStreamMultiCallable[_instance_pb2.WatchInstancesRequest, _instance_pb2.InstanceEvent]
     """Sends each matching instance once as it is, then every change to one, until the client cancels."""
 
@@ -79,6 +83,10 @@ class InstanceServiceAsyncStub(InstanceServiceStub):
     """_TPM_Init, as at a reset of the VM. Also takes a FAILED instance back to ON."""
     DeleteInstance: _aio.UnaryUnaryMultiCallable[_instance_pb2.DeleteInstanceRequest, _instance_pb2.DeleteInstanceResponse]  # type: ignore[assignment]
     """Deletes an instance that is OFF or FAILED: the data key first (crypto-erase), then the rest."""
+    HibernateInstance: _aio.UnaryUnaryMultiCallable[_instance_pb2.HibernateInstanceRequest, _instance_pb2.Instance]  # type: ignore[assignment]
+    """Seals an instance that is ON into the store, PCRs, sessions and all; it has no process until somebody wants it. Idle instances
+    hibernate by themselves (setting `idle_timeout_s`). Refused with INSTANCE_BUSY while a command or a request is under way.
+    """
     WatchInstances: _aio.UnaryStreamMultiCallable[_instance_pb2.WatchInstancesRequest, _instance_pb2.InstanceEvent]  # type: ignore[assignment]
     """Sends each matching instance once as it is, then every change to one, until the client cancels."""
 
@@ -153,6 +161,16 @@ class InstanceServiceServicer(metaclass=_abc_1.ABCMeta):
         """Deletes an instance that is OFF or FAILED: the data key first (crypto-erase), then the rest."""
 
     @_abc_1.abstractmethod
+    def HibernateInstance(
+        self,
+        request: _instance_pb2.HibernateInstanceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_instance_pb2.Instance, _abc.Awaitable[_instance_pb2.Instance]]:
+        """Seals an instance that is ON into the store, PCRs, sessions and all; it has no process until somebody wants it. Idle instances
+        hibernate by themselves (setting `idle_timeout_s`). Refused with INSTANCE_BUSY while a command or a request is under way.
+        """
+
+    @_abc_1.abstractmethod
     def WatchInstances(
         self,
         request: _instance_pb2.WatchInstancesRequest,
@@ -173,6 +191,12 @@ class HostServiceStub:
     """Version, engine capabilities, instance counts, the current key-encryption key."""
     RotateKey: _grpc.UnaryUnaryMultiCallable[_instance_pb2.RotateKeyRequest, _instance_pb2.RotateKeyResponse]
     """Makes a new key-encryption key and wraps every data key anew; sealed state is not touched."""
+    DrainHost: _grpc.UnaryStreamMultiCallable[_instance_pb2.DrainHostRequest, _instance_pb2.DrainProgress]
+    """Before maintenance: hibernates every instance that is ON and lets none start or wake, until ResumeHost or the next daemon.
+    Sends the progress and ends when nothing is left in memory, or nothing that can hibernate.
+    """
+    ResumeHost: _grpc.UnaryUnaryMultiCallable[_instance_pb2.ResumeHostRequest, _instance_pb2.ResumeHostResponse]
+    """Lets instances start and wake again."""
 
 @_typing.type_check_only
 class HostServiceAsyncStub(HostServiceStub):
@@ -183,6 +207,12 @@ class HostServiceAsyncStub(HostServiceStub):
     """Version, engine capabilities, instance counts, the current key-encryption key."""
     RotateKey: _aio.UnaryUnaryMultiCallable[_instance_pb2.RotateKeyRequest, _instance_pb2.RotateKeyResponse]  # type: ignore[assignment]
     """Makes a new key-encryption key and wraps every data key anew; sealed state is not touched."""
+    DrainHost: _aio.UnaryStreamMultiCallable[_instance_pb2.DrainHostRequest, _instance_pb2.DrainProgress]  # type: ignore[assignment]
+    """Before maintenance: hibernates every instance that is ON and lets none start or wake, until ResumeHost or the next daemon.
+    Sends the progress and ends when nothing is left in memory, or nothing that can hibernate.
+    """
+    ResumeHost: _aio.UnaryUnaryMultiCallable[_instance_pb2.ResumeHostRequest, _instance_pb2.ResumeHostResponse]  # type: ignore[assignment]
+    """Lets instances start and wake again."""
 
 class HostServiceServicer(metaclass=_abc_1.ABCMeta):
     """The host: what runs here, and the keys that seal it."""
@@ -202,5 +232,23 @@ class HostServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_instance_pb2.RotateKeyResponse, _abc.Awaitable[_instance_pb2.RotateKeyResponse]]:
         """Makes a new key-encryption key and wraps every data key anew; sealed state is not touched."""
+
+    @_abc_1.abstractmethod
+    def DrainHost(
+        self,
+        request: _instance_pb2.DrainHostRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_instance_pb2.DrainProgress], _abc.AsyncIterator[_instance_pb2.DrainProgress]]:
+        """Before maintenance: hibernates every instance that is ON and lets none start or wake, until ResumeHost or the next daemon.
+        Sends the progress and ends when nothing is left in memory, or nothing that can hibernate.
+        """
+
+    @_abc_1.abstractmethod
+    def ResumeHost(
+        self,
+        request: _instance_pb2.ResumeHostRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_instance_pb2.ResumeHostResponse, _abc.Awaitable[_instance_pb2.ResumeHostResponse]]:
+        """Lets instances start and wake again."""
 
 def add_HostServiceServicer_to_server(servicer: HostServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
