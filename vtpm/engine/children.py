@@ -12,20 +12,19 @@ import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from vtpm.engine import descriptors, sandbox
 from vtpm.engine.exits import EXIT_STOPPED
 from vtpm.engine.software import LIBTPMS, TPM_SERVER
 from vtpm.engine.tpm_server import in_new_worker
 from vtpm.engine.v1 import link_pb2 as pb
-from vtpm.engine.worker import GOING_ON, Worker
+from vtpm.engine.worker import GOING_ON, MAX_ORDER_SIZE, TAKE_OVER, Worker
 
 if TYPE_CHECKING:
     from vtpm.engine.operations import Operations
+    from vtpm.engine.rehearsal import ThawRehearsal
     from vtpm.engine.software import SoftwareTpm
-
-_MAX_ORDER_SIZE: Final = 4096
 
 
 @dataclass(slots=True)
@@ -50,12 +49,12 @@ class Child:
             OSError: it is gone.
         """
         order = pb.TakeOver(instance=self.instance, epoch=self.epoch, roles=roles)
-        socket.send_fds(self.link, [order.SerializeToString()], fds)
+        socket.send_fds(self.link, [TAKE_OVER, order.SerializeToString()], fds)
 
     def listen(self) -> bool:
         """Take one message of it; False if there is none."""
         try:
-            message, fds = descriptors.receive(self.link, _MAX_ORDER_SIZE, flags=socket.MSG_DONTWAIT)
+            message, fds = descriptors.receive(self.link, MAX_ORDER_SIZE, flags=socket.MSG_DONTWAIT)
         except OSError:
             return False
         if not message:
@@ -85,6 +84,8 @@ class Nursery:
         self._filter = sandbox.make_filter()
         self._wanted = spares
         self._spares: list[Child] = []
+        # What each worker rehearses before it waits for its instance.
+        self.thaw: ThawRehearsal | None = None
 
     @property
     def short(self) -> bool:
@@ -132,12 +133,16 @@ class Nursery:
             host = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, kept)
             tpm, operations = self._make_tpm(parent, program) if program else (self._tpm, self._operations)
             if program is None:
+                if self.thaw is not None:
+                    self.thaw.run(tpm, operations)
                 sandbox.enter(self._filter, memory_limit=self._memory_limit)
-            message, fds = descriptors.receive(host, _MAX_ORDER_SIZE)
+            message, fds = descriptors.receive(host, MAX_ORDER_SIZE)
             if not message:
                 os._exit(EXIT_STOPPED)
-            sandbox.name_process("vtpm-worker")
-            roles = pb.TakeOver.FromString(message).roles
+            order = pb.TakeOver.FromString(message[len(TAKE_OVER) :])
+            if order.instance:
+                sandbox.name_process("vtpm-worker")
+            roles = order.roles
             (_, operations_socket), (_, commits), *sockets = [
                 (role, socket.socket(fileno=fd)) for role, fd in zip(roles, fds, strict=True)
             ]

@@ -37,7 +37,9 @@ _REPORT_EVERY_S: Final = 10.0
 
 
 @dataclass(slots=True)
-class _Channel:
+class Channel:
+    """A worker's commit socket; whose it is says the daemon, never the worker."""
+
     instance: uuid.UUID
     epoch: int
     sock: socket.socket
@@ -66,8 +68,8 @@ class Committer:
         self._epoll = select.epoll()
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll.register(self._wake_fd, select.EPOLLIN)
-        self._channels: dict[int, _Channel] = {}
-        self._added: list[_Channel] = []
+        self._channels: dict[int, Channel] = {}
+        self._added: list[Channel] = []
         self._lock = threading.Lock()
         self._closing = False
         self.trouble: StoreError | None = None
@@ -75,12 +77,14 @@ class Committer:
         self._thread = threading.Thread(target=self._run, name="vtpm-commit", daemon=True)
         self._thread.start()
 
-    def add(self, instance: uuid.UUID, epoch: int, sock: socket.socket) -> None:
+    def add(self, instance: uuid.UUID, epoch: int, sock: socket.socket) -> Channel:
         """Serve a worker's commit socket until it closes; takes ownership of `sock`."""
         sock.setblocking(False)
+        channel = Channel(instance, epoch, sock)
         with self._lock:
-            self._added.append(_Channel(instance, epoch, sock))
+            self._added.append(channel)
         os.eventfd_write(self._wake_fd, 1)
+        return channel
 
     def close(self) -> None:
         """Stop after the turn that runs. Commits not taken stay with their workers, which bring them to the next daemon."""
@@ -94,7 +98,7 @@ class Committer:
 
     def _run(self) -> None:
         while not self._closing:
-            arrived: list[tuple[_Channel, pb.Commit]] = []
+            arrived: list[tuple[Channel, pb.Commit]] = []
             for fd, _event in self._epoll.poll(None, _MAX_EVENTS):
                 if fd == self._wake_fd:
                     self._take_added()
@@ -112,7 +116,7 @@ class Committer:
             self._channels[channel.sock.fileno()] = channel
             self._epoll.register(channel.sock.fileno(), select.EPOLLIN)
 
-    def _receive(self, channel: _Channel) -> list[tuple[_Channel, pb.Commit]]:
+    def _receive(self, channel: Channel) -> list[tuple[Channel, pb.Commit]]:
         try:
             data = channel.sock.recv(1 << 18)
             if data:
@@ -124,12 +128,12 @@ class Committer:
         self._drop(channel)
         return []
 
-    def _drop(self, channel: _Channel) -> None:
+    def _drop(self, channel: Channel) -> None:
         if self._channels.pop(channel.sock.fileno(), None) is not None:
             self._epoll.unregister(channel.sock.fileno())
         channel.sock.close()
 
-    def _serve(self, arrived: list[tuple[_Channel, pb.Commit]]) -> None:
+    def _serve(self, arrived: list[tuple[Channel, pb.Commit]]) -> None:
         commits = [_to_commit(channel.instance, message) for channel, message in arrived]
         start = time.monotonic()
         try:
@@ -150,7 +154,7 @@ class Committer:
         # After the answers: nobody waits for a metric.
         self._on_report(CommitReport(len(refusals), sum(map(bool, refusals)), seconds))
 
-    def _answer(self, arrived: list[tuple[_Channel, pb.Commit]], refusals: Sequence[str]) -> None:
+    def _answer(self, arrived: list[tuple[Channel, pb.Commit]], refusals: Sequence[str]) -> None:
         for (channel, message), refused in zip(arrived, refusals, strict=True):
             if refused:
                 log.error(

@@ -51,6 +51,8 @@ class EngineHost:
         self._nursery = Nursery(self._tpm, self._operations, memory_limit=memory_limit, spares=_SPARES)
         self._children: dict[str, Child] = {}
         self._parking = Parking(self._on_wake)
+        # Workers that have the daemon's sockets already and wait for an instance, by process id.
+        self._stocked: dict[int, Child] = {}
         # Ends that no daemon has been told of.
         self._untold: list[pb.WorkerExited] = []
         self._daemon: socket.socket | None = None
@@ -68,6 +70,8 @@ class EngineHost:
             "forget": self._forget,
             "hibernate_all": self._hibernate_all,
             "hand_over": self._hand_over,
+            "stock": self._stock,
+            "dismiss": self._dismiss,
         }
         self._running = True
         self._watch(listener.fileno(), self._accept)
@@ -83,7 +87,7 @@ class EngineHost:
 
     def run(self) -> None:
         """Serve until a daemon says Quit."""
-        rehearse(self._tpm, self._operations)
+        self._nursery.thaw = rehearse(self._tpm, self._operations)
         # What is here now is shared by all workers: keep the collector from touching, and so copying, those pages.
         gc.collect()
         gc.freeze()
@@ -115,6 +119,7 @@ class EngineHost:
             self._unwatch(self._daemon.fileno())
             self._daemon.close()
             self._daemon = None
+        self._dismiss_all()
         self._end_if_idle()
 
     def _end_if_idle(self) -> None:
@@ -193,6 +198,11 @@ class EngineHost:
 
     def _employ(self, order: pb.Spawn, roles: list[pb.Role.ValueType], fds: list[int]) -> Child:
         """Give an instance to a worker."""
+        child = self._children[order.instance] = self._hire(order, roles, fds)
+        return child
+
+    def _hire(self, order: pb.Spawn, roles: list[pb.Role.ValueType], fds: list[int]) -> Child:
+        """Give descriptors to a worker that waits, or to a new one."""
         while True:
             child, fresh = self._nursery.take(order)
             if fresh:
@@ -206,7 +216,6 @@ class EngineHost:
                 if fresh:
                     raise
                 continue
-            self._children[order.instance] = child
             return child
 
     def _on_link(self, child: Child) -> None:
@@ -218,6 +227,7 @@ class EngineHost:
         os.close(child.pidfd)
         _, wait_status = os.waitpid(child.pid, 0)
         self._nursery.lost(child)
+        self._stocked.pop(child.pid, None)
         while child.listen():
             pass
         self._unwatch(child.link.fileno())
@@ -245,16 +255,47 @@ class EngineHost:
 
     def _on_wake(self, about: pb.ParkedInstance) -> None:
         # Without a daemon the next one finds it in the answer to its Hello.
-        if self._daemon is not None:
-            self._send(pb.HostReply(wake=pb.Wake(instance=about.instance, epoch=about.epoch)))
+        if self._daemon is None:
+            return
+        wake = pb.Wake(instance=about.instance, epoch=about.epoch)
+        if self._stocked and about.engine == LIBTPMS:
+            # At once, while the daemon fetches the state.
+            pid = next(iter(self._stocked))
+            if self._give(about.instance, self._stocked.pop(pid)):
+                wake.pid = pid
+        self._send(pb.HostReply(wake=wake))
+
+    def _give(self, instance: str, child: Child) -> bool:
+        """Give a parked instance to a stocked worker; False if that is gone, and the instance stays."""
+        about, parked = self._parking.take(instance)
+        child.instance, child.epoch = about.instance, about.epoch
+        try:
+            child.take_over(about.roles, parked)
+        except OSError:
+            child.instance = ""
+            about.woken = True
+            self._parking.add(about, parked)
+            return False
+        self._children[instance] = child
+        child.moving = about, parked
+        return True
 
     def _thaw(self, request: pb.HostRequest, fds: list[int], reply: pb.HostReply) -> list[int]:
+        order = request.thaw
+        if order.instance not in self._parking:
+            raise ValueError("the instance is not parked")
+        reply.pid = order.pid
+        if order.pid:
+            child = self._stocked.pop(order.pid, None)
+            if child is None or not self._give(order.instance, child):
+                raise ValueError("that worker is gone")
+            return []
         if len(fds) != 2:
             raise ValueError("wrong number of descriptors")
-        about, parked = self._parking.take(request.thaw.instance)
+        about, parked = self._parking.take(order.instance)
         try:
-            order = pb.Spawn(instance=about.instance, epoch=about.epoch, engine=about.engine)
-            child = self._employ(order, [pb.OPERATIONS, pb.COMMITS, *about.roles], [*fds, *parked])
+            spawn = pb.Spawn(instance=about.instance, epoch=about.epoch, engine=about.engine)
+            child = self._employ(spawn, [pb.OPERATIONS, pb.COMMITS, *about.roles], [*fds, *parked])
         except BaseException:
             about.woken = True
             self._parking.add(about, parked)
@@ -262,6 +303,25 @@ class EngineHost:
         child.moving = about, parked
         reply.pid = child.pid
         return []
+
+    def _stock(self, _request: pb.HostRequest, fds: list[int], reply: pb.HostReply) -> list[int]:
+        if len(fds) != 2:
+            raise ValueError("wrong number of descriptors")
+        child = self._hire(pb.Spawn(engine=LIBTPMS), [pb.OPERATIONS, pb.COMMITS], fds)
+        self._stocked[child.pid] = child
+        reply.pid = child.pid
+        return []
+
+    def _dismiss(self, _request: pb.HostRequest, _fds: list[int], _reply: pb.HostReply) -> list[int]:
+        self._dismiss_all()
+        return []
+
+    def _dismiss_all(self) -> None:
+        for child in self._stocked.values():
+            # The end of its line is the end of the worker.
+            with contextlib.suppress(OSError):
+                child.link.shutdown(socket.SHUT_WR)
+        self._stocked.clear()
 
     def _adopt(self, request: pb.HostRequest, fds: list[int], _reply: pb.HostReply) -> list[int]:
         about = request.adopt.parked

@@ -236,5 +236,11 @@ class Engine(Protocol):
     async def forget(self, instance: uuid.UUID) -> None:
         """Close what is kept of a hibernated TPM."""
 
+    async def hold(self) -> None:
+        """Have nothing ready for TPMs that wake, until `release`."""
+
+    def release(self) -> None:
+        """End `hold`."""
+
     async def close(self) -> None:
         """Let go: what runs, runs on."""

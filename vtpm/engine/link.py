@@ -176,7 +176,7 @@ class WorkerLink(asyncio.Protocol):
     """Requests to one worker; implements vtpm.engine.interface.RunningTpm. `gone` is set when its end has closed."""
 
     def __init__(self, instance: uuid.UUID) -> None:
-        self._instance = instance
+        self.instance = instance
         self._reader = FrameReader()
         self._transport: asyncio.Transport | None = None
         self._ids = 0
@@ -187,6 +187,8 @@ class WorkerLink(asyncio.Protocol):
         # How a control connection gets to this worker, and who hears that its state was replaced.
         self.attacher: Callable[[socket.socket], Awaitable[None]] | None = None
         self.on_imported: Callable[[], None] = lambda: None
+        # Called when the worker's end has closed.
+        self.on_lost: Callable[[], object] = lambda: None
 
     @classmethod
     async def open(cls, instance: uuid.UUID, sock: socket.socket) -> WorkerLink:
@@ -218,6 +220,7 @@ class WorkerLink(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Called by asyncio."""
         self.gone.set()
+        self.on_lost()
         for future in self._pending.values():
             if not future.done():
                 future.set_exception(self._lost())
@@ -227,7 +230,7 @@ class WorkerLink(asyncio.Protocol):
         return EngineError(
             "TPM_LOST",
             "the instance's worker is gone",
-            subject=str(self._instance),
+            subject=str(self.instance),
             remedy="see `vtpm instance show` for the reason",
         )
 
@@ -250,7 +253,7 @@ class WorkerLink(asyncio.Protocol):
         finally:
             self._pending.pop(request.id, None)
         if reply.HasField("fault"):
-            raise _error(reply.fault, str(self._instance))
+            raise _error(reply.fault, str(self.instance))
         return reply
 
     async def execute(self, command: bytes, locality: int) -> bytes:

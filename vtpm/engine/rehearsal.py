@@ -2,11 +2,13 @@
 
 CPython specialises code and OpenSSL and libtpms build their tables on first use. Done once here, those pages are shared by all
 workers instead of being written by each: it saves more than a megabyte a worker. The TPM of the rehearsal is forgotten before
-any fork, and a worker's own TPM starts with fresh entropy: libtpms seeds its generator at each _TPM_Init, OpenSSL at each fork.
+any fork (a worker that waits for its instance goes once more through the thaw of a throw-away TPM), and a worker's own TPM
+starts with fresh entropy: libtpms seeds its generator at each _TPM_Init, OpenSSL at each fork.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import os
@@ -16,7 +18,8 @@ import struct
 import uuid
 from typing import TYPE_CHECKING, Final
 
-from vtpm.engine.framing import frame
+from vtpm.engine.exits import Exit
+from vtpm.engine.framing import FrameReader, frame
 from vtpm.engine.v1 import link_pb2 as pb
 from vtpm.engine.worker import Worker
 from vtpm.tpm.codes import CommandCode
@@ -33,8 +36,11 @@ _TURNS: Final = 16
 _RESET: Final = (bytes.fromhex("0000000e"), bytes.fromhex("0000001100000000"), bytes.fromhex("0000000200000000"))
 
 
-def rehearse(tpm: SoftwareTpm, operations: Operations) -> None:
-    """Run a throw-away TPM through manufacture, load, commands and operations; leave `tpm` without any state."""
+def rehearse(tpm: SoftwareTpm, operations: Operations) -> ThawRehearsal:
+    """Run a throw-away TPM through manufacture, load, commands and operations; leave `tpm` without any state.
+
+    Returns what a spare worker rehearses for itself.
+    """
     host, _host_end = socket.socketpair()
     ops, ops_end = socket.socketpair()
     commits, commits_end = socket.socketpair()
@@ -80,10 +86,96 @@ def rehearse(tpm: SoftwareTpm, operations: Operations) -> None:
     finally:
         for sock in sockets:
             sock.close()
-    operations.forget()
-    tpm.forget()
+    thaw = ThawRehearsal(instance, key, made.sealed)
+    for _ in range(_TURNS):
+        thaw.hibernate(tpm, operations)
+        thaw.run(tpm, operations)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
+    return thaw
+
+
+class ThawRehearsal:
+    """Hibernation and thaw of a throw-away TPM, whose key is thrown away with it."""
+
+    def __init__(self, instance: bytes, data_key: bytes, sealed: bytes) -> None:
+        self._load = pb.Load(data_key=data_key, sealed=sealed, epoch=1, commit_timeout_ms=5000)
+        self._load.place.instance, self._load.place.version = instance, 1
+        self._snapshot = b""
+
+    def hibernate(self, tpm: SoftwareTpm, operations: Operations) -> None:
+        """Take the snapshot that `run` goes on from."""
+        with _Stage(tpm, operations) as stage:
+            present = self._load.place.version
+            stage.acknowledge(*range(present + 1, present + 5), 1)
+            load = pb.Load(startup_clear=True)
+            load.MergeFrom(self._load)
+            stage.ask(pb.WorkerRequest(load=load))
+            commits = stage.hibernate()
+        self._snapshot = commits[-1].sealed
+        self._load.sealed, self._load.place.version, self._load.place.epoch = commits[-2].sealed, commits[-2].version, 1
+
+    def run(self, tpm: SoftwareTpm, operations: Operations) -> None:
+        """Go on from it, as a worker does in whose way a guest waits; leave `tpm` without any state.
+
+        A spare does this once after its fork: what it writes to its pages then, it need not write when a guest waits.
+        """
+        with _Stage(tpm, operations) as stage:
+            stage.acknowledge(1)
+            load = pb.Load(snapshot=self._snapshot, snapshot_version=1)
+            load.MergeFrom(self._load)
+            stage.ask(pb.WorkerRequest(load=load))
+            stage.command(build(CommandCode.PCR_Read, marshal_selections([PcrSelection(PcrBank.SHA256, (0, 7))])))
+
+
+class _Stage:
+    """A worker among sockets whose other ends are here."""
+
+    def __init__(self, tpm: SoftwareTpm, operations: Operations) -> None:
+        self._tpm = tpm
+        self._operations = operations
+        host, self._host = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ops, self._ops = socket.socketpair()
+        # An answer is a message, so that none of them is read with another.
+        commits, self._commits = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        data, self._data = socket.socketpair()
+        self._sockets = [host, self._host, ops, self._ops, commits, self._commits, data, self._data]
+        self._worker = Worker(tpm, operations, host=host, operations_socket=ops, commits=commits, sockets=[(pb.DATA, data)])
+
+    def __enter__(self) -> _Stage:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self._worker.end_rehearsal()
+        for sock in self._sockets:
+            sock.close()
+        self._operations.forget()
+        self._tpm.forget()
+
+    def acknowledge(self, *versions: int) -> None:
+        """The answers to commits to come are there before they are asked for; those of the wrong version are passed over."""
+        for version in versions:
+            self._commits.send(frame(pb.CommitAck(version=version, batch_size=1).SerializeToString()))
+
+    def ask(self, request: pb.WorkerRequest) -> None:
+        """Have a request served."""
+        _ask(self._worker, self._ops, request)
+
+    def command(self, command: bytes) -> None:
+        """Have a command run on a connection that waited."""
+        self._data.sendall(command)
+        self._worker.rehearse_turn()
+        self._data.recv(4096)
+
+    def hibernate(self) -> list[pb.Commit]:
+        """Have the worker hibernate; return what it committed, the snapshot last."""
+        with contextlib.suppress(Exit):
+            self._worker.rehearse_hibernation()
+            raise RuntimeError("rehearsal: the worker did not hibernate")
+        commits = []
+        while select.select([self._commits], [], [], 0)[0]:
+            commits += [pb.Commit.FromString(message) for message in FrameReader().feed(self._commits.recv(1 << 18))]
+        return commits
 
 
 def _ask(worker: Worker, ops_end: socket.socket, request: pb.WorkerRequest) -> pb.WorkerReply:

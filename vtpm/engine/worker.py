@@ -12,7 +12,7 @@ import socket
 import sys
 from typing import TYPE_CHECKING, Final, NoReturn
 
-from vtpm.engine import descriptors
+from vtpm.engine import descriptors, sandbox
 from vtpm.engine.channels import DataChannels
 from vtpm.engine.control import ControlChannel
 from vtpm.engine.durable import DurableState, await_readable
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 ATTACH: Final = b"A"
 CONNECT: Final = b"C"
 HIBERNATE: Final = b"H"
+# In front of a TakeOver: the instance that this worker was made for.
+TAKE_OVER: Final = b"T"
+MAX_ORDER_SIZE: Final = 4096
 # What a worker tells the engine host: it has gone on from a snapshot, which nobody else can any more.
 GOING_ON: Final = b"G"
 
@@ -138,6 +141,10 @@ class Worker:
     def rehearse_control(self, connection: socket.socket) -> None:
         """Serve a control connection, for vtpm.engine.rehearsal."""
         self._open_control(connection, attached=False)
+
+    def rehearse_hibernation(self) -> None:
+        """Hibernate, for vtpm.engine.rehearsal."""
+        self._hibernation.hibernate()
 
     def end_rehearsal(self) -> None:
         """Let go of what a rehearsal opened."""
@@ -340,9 +347,17 @@ class Worker:
         self._on_host()
 
     def _on_host(self) -> None:
-        data, fds = descriptors.receive(self._host, 1, most=2)
+        data, fds = descriptors.receive(self._host, MAX_ORDER_SIZE)
         if not data:
             raise Exit(EXIT_STOPPED)
+        if data.startswith(TAKE_OVER):
+            roles = pb.TakeOver.FromString(data[len(TAKE_OVER) :]).roles
+            sandbox.name_process("vtpm-worker")
+            self._waiting += [(role, socket.socket(fileno=fd)) for role, fd in zip(roles, fds, strict=True)]
+            if self._durable.ready:
+                # Its state was faster.
+                self.listen()
+            return
         if data == CONNECT and len(fds) == 1:
             self._hibernation.requests += 1
             self._open_control(socket.socket(fileno=fds[0]), attached=True)

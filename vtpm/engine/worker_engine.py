@@ -93,6 +93,14 @@ class WorkerEngine:
         """See Engine."""
         await self._workers.forget(instance)
 
+    async def hold(self) -> None:
+        """See Engine."""
+        await self._workers.hold()
+
+    def release(self) -> None:
+        """See Engine."""
+        self._workers.release()
+
     async def close(self) -> None:
         """See Engine."""
         await self._workers.close()

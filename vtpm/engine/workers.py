@@ -37,6 +37,7 @@ from vtpm.engine.interface import (
 )
 from vtpm.engine.link import HostLink, WorkerLink
 from vtpm.engine.software import LIBTPMS
+from vtpm.engine.stock import Ready, Stock
 from vtpm.engine.v1 import link_pb2 as pb
 from vtpm.errors import EngineError, ErrorKind, VtpmError
 from vtpm.store.model import KeyRecord, ProfileRecord
@@ -66,6 +67,9 @@ class Workers:
         # Hibernated instances, whose descriptors are with the engine host.
         self._parked: dict[tuple[str, int], EngineEvents] = {}
         self._found_parked: list[pb.ParkedInstance] = []
+        self._stock = Stock(committer, self._ask_host)
+        # Stocked workers that the engine host has given an instance that woke.
+        self._given: dict[tuple[str, int], Ready] = {}
         self._stopping: set[tuple[str, int]] = set()
         self._exits: dict[tuple[str, int], asyncio.Future[int]] = {}
         self._engines: Sequence[str] = ()
@@ -110,7 +114,20 @@ class Workers:
         self._found = [worker for reply, _ in replies for worker in reply.hello.workers]
         self._found_parked = [item for reply, _ in replies for item in reply.hello.parked]
         self._ended = [exited for reply, _ in replies for exited in reply.hello.exited if "/" not in exited.instance]
-        log.info("engine.host_connected", pid=hello.pid, workers=len(self._found))
+        log.info("engine.host_connected", pid=hello.pid, workers=len(self._found), hibernated=len(self._found_parked))
+        self._stock.fill()
+
+    async def _ask_host(self, request: pb.HostRequest, fds: Sequence[int] = ()) -> pb.HostReply:
+        host = await self._live_host()
+        return (await host.request(request, fds))[-1][0]
+
+    async def hold(self) -> None:
+        """Have nothing ready for instances that wake, until `release`."""
+        await self._stock.dismiss()
+
+    def release(self) -> None:
+        """Have workers ready again."""
+        self._stock.reopen()
 
     async def _live_host(self) -> HostLink:
         async with self._connecting:
@@ -123,6 +140,8 @@ class Workers:
         """See HostEvents."""
         log.error("engine.host_lost", pid=self.host_pid)
         self._host = None
+        self._stock.clear()
+        self._given.clear()
         for waiter in self._exits.values():
             if not waiter.done():
                 waiter.set_result(-signal.SIGKILL)
@@ -136,7 +155,10 @@ class Workers:
 
     def on_wake(self, wake: pb.Wake) -> None:
         """See HostEvents."""
-        events = self._parked.get((wake.instance, wake.epoch))
+        key = wake.instance, wake.epoch
+        if wake.pid and (ready := self._stock.take(wake.pid)) is not None:
+            self._given[key] = ready
+        events = self._parked.get(key)
         if events is not None:
             events.wanted(uuid.UUID(wake.instance), wake.epoch)
 
@@ -280,34 +302,51 @@ class Workers:
             snapshot=order.snapshot.blob,
             snapshot_version=order.snapshot.version,
         )
-        held = self._links.get(key)
-        if held is not None:
+        if key in self._links:
             # A daemon before this one gave it to a worker, and ended before the worker had its state.
-            await held[0].request(pb.WorkerRequest(load=load))
-            return held[0]
-        host = await self._live_host()
+            link = self._links[key][0]
+            await link.request(pb.WorkerRequest(load=load))
+            return link
         crash_point("thaw.before_hand_over")
-        with _SocketPairs() as pairs:
-            self._committer.add(order.instance, order.epoch, pairs.commits)
-            link = await WorkerLink.open(order.instance, pairs.operations)
-            self._hold(link, key, events)
-            # Not one after the other: a guest waits. The worker finds the state on its socket.
-            loaded = asyncio.ensure_future(link.request(pb.WorkerRequest(load=load)))
-            try:
-                await host.request(pb.HostRequest(thaw=pb.Thaw(instance=key[0])), pairs.worker_ends)
-                self._parked.pop(key, None)
-                crash_point("thaw.after_hand_over")
-            except BaseException:
-                loaded.cancel()
-                if key in self._links:
-                    self._forget(key)
-                raise
+        link = await self._hand_over(order, key, events)
+        self._parked.pop(key, None)
+        crash_point("thaw.after_hand_over")
         try:
-            await loaded
+            await link.request(pb.WorkerRequest(load=load))
         except BaseException:
             await link.stop()
             raise
         return link
+
+    async def _hand_over(self, order: Thaw, key: tuple[str, int], events: EngineEvents) -> WorkerLink:
+        """Have a parked instance given to a worker, if the engine host has not done so when it woke."""
+        while True:
+            if (given := self._given.pop(key, None)) is not None:
+                link = self._stock.bind(given, order.instance, order.epoch)
+                self._hold(link, key, events)
+                return link
+            ready = self._stock.take()
+            link = await self._connected(order) if ready is None else self._stock.bind(ready, order.instance, order.epoch)
+            self._hold(link, key, events)
+            if ready is None:
+                return link
+            try:
+                await self._ask_host(pb.HostRequest(thaw=pb.Thaw(instance=key[0], pid=ready.pid)))
+            except EngineError as error:
+                if key in self._links:
+                    self._forget(key)
+                # That worker is gone, or the instance woke meanwhile and was given to another one.
+                if error.reason == "ENGINE_HOST_REFUSED" and key in self._parked:
+                    continue
+                raise
+            return link
+
+    async def _connected(self, order: Thaw) -> WorkerLink:
+        """Give a parked instance to a worker that was not stocked."""
+        with _SocketPairs() as pairs:
+            await self._ask_host(pb.HostRequest(thaw=pb.Thaw(instance=str(order.instance))), pairs.worker_ends)
+            self._committer.add(order.instance, order.epoch, pairs.commits)
+            return await WorkerLink.open(order.instance, pairs.operations)
 
     async def park(self, engine: str, parked: Parked, listeners: Listeners, events: EngineEvents) -> None:
         """See Engine."""
@@ -346,6 +385,7 @@ class Workers:
         for link, _ in self._links.values():
             link.close()
         self._links.clear()
+        self._stock.clear()
         if self._host is not None:
             self._host.close()
             self._host = None

@@ -34,7 +34,7 @@ class Maintenance:
 
         Instances that are busy are tried again for `timeout_s` seconds. The last message names those that stayed awake.
         """
-        self._lifecycle.thaws.hold()
+        await self._lifecycle.thaws.hold()
         deadline = time.monotonic() + timeout_s
         waiting = [running for running in self._lifecycle.all_running() if not running.tpm.asleep]
         total = len(waiting)

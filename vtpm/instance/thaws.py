@@ -10,7 +10,7 @@ import asyncio
 import functools
 import time
 import uuid
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -44,6 +44,7 @@ class Power(Protocol):
     keys: KeyProvider
     sockets: InstanceSockets
     key_lock: asyncio.Lock
+    engines: Mapping[str, Engine]
 
     def engine(self, name: str) -> Engine:
         """Return an engine."""
@@ -129,12 +130,16 @@ class Thaws:
 
     # ---- held while the host is drained ----------------------------------------------------------------------------------
 
-    def hold(self) -> None:
+    async def hold(self) -> None:
         """Let nothing wake until `release`."""
         self._open.clear()
+        for engine in self._power.engines.values():
+            await engine.hold()
 
     def release(self) -> None:
         """Let what was wanted meanwhile wake."""
+        for engine in self._power.engines.values():
+            engine.release()
         self._open.set()
 
     @property
@@ -179,21 +184,22 @@ class Thaws:
 
     async def _order(self, record: InstanceRecord) -> Thaw:
         try:
-            found, data_key = await self._in_thread(self._open_key, record)
+            found, data_key = await self._opened(record)
         except KeyProviderError:
             # The key-encryption key may just be replaced; then the key was wrapped anew meanwhile.
             async with self._power.key_lock:
-                found, data_key = await self._in_thread(self._open_key, record)
+                found, data_key = await self._opened(record)
         return Thaw(record.id, record.epoch, found.state, found.snapshot, data_key, self._idle_timeout_s)
 
     def _open_key(self, record: InstanceRecord) -> tuple[Hibernated, bytes]:
         found = self._power.store.snapshots.load(record.id, record.epoch)
         return found, self._power.keys.unwrap(found.wrapped_key, record.id)
 
-    async def _in_thread(
-        self, function: Callable[[InstanceRecord], tuple[Hibernated, bytes]], record: InstanceRecord
-    ) -> tuple[Hibernated, bytes]:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, functools.partial(function, record))
+    async def _opened(self, record: InstanceRecord) -> tuple[Hibernated, bytes]:
+        if self._power.keys.immediate:
+            # Two row look-ups in pages that are in memory: less than the way to a thread and back, and a guest waits.
+            return self._open_key(record)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, functools.partial(self._open_key, record))
 
     async def _give_up(self, running: Running, error: VtpmError) -> None:
         record = running.record

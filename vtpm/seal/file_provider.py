@@ -40,6 +40,8 @@ class FileKeyProvider:
     """
 
     name = PROVIDER_NAME
+    # The keys are in memory.
+    immediate = True
 
     def __init__(self, *, state_dir: Path, options: Mapping[str, str], create: bool) -> None:
         unknown = set(options) - {"path"}

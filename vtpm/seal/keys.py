@@ -41,6 +41,10 @@ class KeyProvider(Protocol):
     def key_id(self) -> str:
         """Id of the key-encryption key that wraps new data keys."""
 
+    @property
+    def immediate(self) -> bool:
+        """Whether `unwrap` asks nobody, so that it never blocks."""
+
     def wrap(self, data_key: bytes, instance: uuid.UUID) -> WrappedKey:
         """Encrypt `data_key` under the current key, bound to `instance`."""
 

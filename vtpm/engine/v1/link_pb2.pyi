@@ -79,6 +79,8 @@ class HostRequest(_message.Message):
     FORGET_FIELD_NUMBER: _builtins.int
     HIBERNATE_ALL_FIELD_NUMBER: _builtins.int
     HAND_OVER_FIELD_NUMBER: _builtins.int
+    STOCK_FIELD_NUMBER: _builtins.int
+    DISMISS_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello: ...
@@ -102,6 +104,10 @@ class HostRequest(_message.Message):
     def hibernate_all(self) -> Global___HibernateAll: ...
     @_builtins.property
     def hand_over(self) -> Global___HandOver: ...
+    @_builtins.property
+    def stock(self) -> Global___Stock: ...
+    @_builtins.property
+    def dismiss(self) -> Global___Dismiss: ...
     def __init__(
         self,
         *,
@@ -117,12 +123,14 @@ class HostRequest(_message.Message):
         forget: Global___Forget | None = ...,
         hibernate_all: Global___HibernateAll | None = ...,
         hand_over: Global___HandOver | None = ...,
+        stock: Global___Stock | None = ...,
+        dismiss: Global___Dismiss | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["adopt", b"adopt", "attach", b"attach", "body", b"body", "connect", b"connect", "forget", b"forget", "hand_over", b"hand_over", "hello", b"hello", "hibernate_all", b"hibernate_all", "kill", b"kill", "quit", b"quit", "spawn", b"spawn", "thaw", b"thaw"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adopt", b"adopt", "attach", b"attach", "body", b"body", "connect", b"connect", "dismiss", b"dismiss", "forget", b"forget", "hand_over", b"hand_over", "hello", b"hello", "hibernate_all", b"hibernate_all", "kill", b"kill", "quit", b"quit", "spawn", b"spawn", "stock", b"stock", "thaw", b"thaw"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopt", b"adopt", "attach", b"attach", "body", b"body", "connect", b"connect", "forget", b"forget", "hand_over", b"hand_over", "hello", b"hello", "hibernate_all", b"hibernate_all", "id", b"id", "kill", b"kill", "quit", b"quit", "spawn", b"spawn", "thaw", b"thaw"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopt", b"adopt", "attach", b"attach", "body", b"body", "connect", b"connect", "dismiss", b"dismiss", "forget", b"forget", "hand_over", b"hand_over", "hello", b"hello", "hibernate_all", b"hibernate_all", "id", b"id", "kill", b"kill", "quit", b"quit", "spawn", b"spawn", "stock", b"stock", "thaw", b"thaw"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["hello", "spawn", "attach", "kill", "quit", "connect", "thaw", "adopt", "forget", "hibernate_all", "hand_over"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["hello", "spawn", "attach", "kill", "quit", "connect", "thaw", "adopt", "forget", "hibernate_all", "hand_over", "stock", "dismiss"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -517,38 +525,83 @@ class Wake(_message.Message):
 
     INSTANCE_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
+    PID_FIELD_NUMBER: _builtins.int
     instance: _builtins.str
     epoch: _builtins.int
+    pid: _builtins.int
+    """The stocked worker that it was given to, which waits for a Load; 0: none was there, it waits for a Thaw."""
     def __init__(
         self,
         *,
         instance: _builtins.str = ...,
         epoch: _builtins.int = ...,
+        pid: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "instance", b"instance"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "instance", b"instance", "pid", b"pid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Wake: _TypeAlias = Wake  # noqa: Y015
 
 @_typing.final
+class Stock(_message.Message):
+    """Prepares a worker for whatever instance wakes first. Descriptors: the worker's ends of its operations socket and of its commit
+    socket. It ends with the daemon.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Stock: _TypeAlias = Stock  # noqa: Y015
+
+@_typing.final
+class Dismiss(_message.Message):
+    """Ends the stocked workers."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Dismiss: _TypeAlias = Dismiss  # noqa: Y015
+
+@_typing.final
 class Thaw(_message.Message):
-    """Gives a parked instance to a worker. Descriptors: the worker's ends of its operations socket and of its commit socket."""
+    """Gives a parked instance to a worker: the stocked one of that process id, or without one a worker that gets the descriptors that
+    come along, the worker's ends of its operations socket and of its commit socket.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     INSTANCE_FIELD_NUMBER: _builtins.int
+    PID_FIELD_NUMBER: _builtins.int
     instance: _builtins.str
+    pid: _builtins.int
     def __init__(
         self,
         *,
         instance: _builtins.str = ...,
+        pid: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["instance", b"instance"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["instance", b"instance", "pid", b"pid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
