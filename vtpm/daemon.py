@@ -48,6 +48,8 @@ EXIT_OK: Final = 0
 EXIT_FAILED: Final = 1
 EXIT_CONFIG: Final = 2
 _METRICS_INTERVAL_S: Final = 10.0
+# Two for each instance, and some for those that are busy.
+_DESCRIPTORS: Final = 1 << 20
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -226,6 +228,7 @@ def main(arguments: list[str]) -> int:
         os.umask(0o077)
         configure(settings.log_format, settings.log_level)
         sandbox.forbid_dumps()
+        sandbox.raise_descriptor_limit(_DESCRIPTORS)
         uvloop.run(_serve(settings))
     except ConfigError as error:
         return _say(error, EXIT_CONFIG)

@@ -78,11 +78,12 @@ def test_daemon_and_engine_host_die_while_an_instance_thaws(own_daemon: DaemonPr
     daemon.start()
     instance = daemon.get("web-1")
     with sqlite3.connect(daemon.state_dir / "vtpm.db") as store:
-        snapshots = store.execute("SELECT length(blob), used_by FROM snapshots").fetchall()
+        query = "SELECT s.version, u.version FROM snapshots s LEFT JOIN snapshot_uses u ON u.instance = s.instance"
+        snapshots = store.execute(query).fetchall()
     if instance.state == pb.FAILED:
         # The worker that had used the snapshot is gone, and it is not used again.
         assert instance.failure.reason in ("WORKER_LOST", "ENGINE_HOST_LOST")
-        assert all(size == 0 for size, _ in snapshots)
+        assert all(version == used for version, used in snapshots)
     else:
         # It was not used: all that was lost is the connection.
         assert raw.succeed(raw.connect(instance.tpm_socket), raw.pcr_read(16)) == before

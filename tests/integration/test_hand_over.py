@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import raw
+from tests.support import raw, vmm
 from tests.support.daemon import ROOT, DaemonProcess
 from vtpm.api.v1 import instance_pb2 as pb
 
@@ -148,3 +150,39 @@ def test_a_clock_that_jumped_changes_nothing_that_matters(own_daemon: DaemonProc
     daemon.vtpm("instance", "stop", "web-1")
     daemon.vtpm("instance", "start", "web-1")
     assert raw.counter_of(raw.connect(daemon.get("web-1").tpm_socket)) == before
+
+
+def test_an_engine_host_of_another_protocol_is_emptied_and_replaced(own_daemon: DaemonProcess, tmp_path: Path) -> None:
+    daemon = own_daemon
+    daemon.stop()
+    # A version whose engine host speaks a protocol that this one does not know.
+    shutil.copytree(ROOT / "vtpm", tmp_path / "vtpm")
+    shutil.copy(ROOT / "server.py", tmp_path)
+    source = tmp_path / "vtpm" / "engine" / "host.py"
+    changed = re.sub(r"^PROTOCOL: Final = \d+$", "PROTOCOL: Final = 99", source.read_text(), flags=re.M)
+    assert changed != source.read_text()
+    source.write_text(changed)
+    daemon.code = tmp_path
+    # For the engine host, which is a module of the same code.
+    daemon.environment["PYTHONPATH"] = str(tmp_path)
+    daemon.start()
+    old = daemon.client.host.GetHost(pb.GetHostRequest()).engine_host_pid
+    socks = {}
+    for name in ("awake", "asleep"):
+        sock = raw.connect(daemon.running(name).tpm_socket)
+        raw.succeed(sock, raw.pcr_extend(16, name.encode().ljust(32)))
+        socks[name] = sock, raw.succeed(sock, raw.pcr_read(16))
+    vm = vmm.Vmm(daemon.create("vm").control_socket).boot()
+    assert vm.data is not None
+    daemon.hibernate("asleep")
+    daemon.kill()
+    daemon.code = ROOT
+    del daemon.environment["PYTHONPATH"]
+    daemon.start()
+    assert daemon.client.host.GetHost(pb.GetHostRequest()).engine_host_pid != old
+    assert "engine.host_replaced" in daemon.log_text()
+    for sock, before in socks.values():
+        assert raw.succeed(sock, raw.pcr_read(16)) == before
+    raw.succeed(vm.data, raw.pcr_read(0))
+    vm.control.close()
+    daemon.until("vm", pb.OFF)

@@ -35,6 +35,8 @@ class DaemonProcess:
         self.runtime_dir = self.root / "run"
         self.log_path = self.root / "daemon.log"
         self.environment = dict(environment or {})
+        # The code that is run; a test may have another version of it.
+        self.code = ROOT
         self.process: subprocess.Popen[bytes] | None = None
         self._client: Client | None = None
         self._hosts: set[int] = set()
@@ -56,7 +58,11 @@ class DaemonProcess:
         """Start the process and return at once."""
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, str(ROOT / "server.py"), *flags], env=self.env, stdout=log, stderr=log, start_new_session=True
+                [sys.executable, str(self.code / "server.py"), *flags],
+                env=self.env,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
         return self.process
 

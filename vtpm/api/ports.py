@@ -66,6 +66,9 @@ class Instances(Protocol):
     def subscribe(self, callback: Callable[[InstanceChange], None]) -> None:
         """Call `callback` on the event loop with what runs now as EXISTING, then with every change."""
 
+    def subscribe_hibernation(self, callback: Callable[[uuid.UUID], None]) -> None:
+        """Call `callback` on the event loop whenever an instance has hibernated."""
+
     async def host(self) -> HostInfo:
         """Describe what runs here."""
 

@@ -18,7 +18,9 @@ from vtpm.errors import VtpmError
 
 log: Final = structlog.get_logger("vtpm.engine")
 
-_WANTED: Final = 2
+_WANTED: Final = 4
+# A fork would take the core from a guest that waits for its TPM.
+_REFILL_S: Final = 0.02
 Request = Callable[[pb.HostRequest, Sequence[int]], Awaitable[pb.HostReply]]
 
 
@@ -73,7 +75,7 @@ class Stock:
     def take(self, pid: int = 0) -> Ready | None:
         """Return a stocked worker, that of a process id or any; None if there is none. Another takes its place."""
         found = self._ready.pop(pid or next(iter(self._ready), 0), None)
-        self.fill()
+        asyncio.get_running_loop().call_later(_REFILL_S, self.fill)
         if found is not None:
             found.link.on_lost = lambda: None
         return found

@@ -15,6 +15,7 @@ from typing import Final
 import structlog
 
 from vtpm.crashpoints import crash_point
+from vtpm.engine import descriptors
 from vtpm.engine.committer import Committer
 from vtpm.engine.exits import (
     EXIT_COMMIT_REFUSED,
@@ -36,6 +37,7 @@ from vtpm.engine.interface import (
     Thaw,
 )
 from vtpm.engine.link import HostLink, WorkerLink
+from vtpm.engine.replacement import FIRST_REPLACEABLE, empty
 from vtpm.engine.software import LIBTPMS
 from vtpm.engine.stock import Ready, Stock
 from vtpm.engine.v1 import link_pb2 as pb
@@ -100,15 +102,12 @@ class Workers:
         return Recovered(adopted, frozenset(powered_off), [_to_parked(item) for item in parked])
 
     async def _connect(self) -> None:
-        self._host = await HostLink.connect(self._socket_path, self, memory_limit=self._memory_limit, log_path=self._log_path)
-        replies = await self._host.request(pb.HostRequest(hello=pb.Hello()))
+        replies = await self._greet()
         hello = replies[0][0].hello
         if hello.protocol != PROTOCOL:
-            raise EngineError(
-                "ENGINE_HOST_INCOMPATIBLE",
-                f"the running engine host (version {hello.version}) speaks protocol {hello.protocol}, this daemon {PROTOCOL}",
-                remedy="stop all instances with the daemon of that version, then start this one",
-            )
+            await self._replace(hello)
+            replies = await self._greet()
+            hello = replies[0][0].hello
         self._engines = tuple(hello.engines) or (LIBTPMS,)
         self.libtpms_version, self.host_pid = hello.engine_version, hello.pid
         self._found = [worker for reply, _ in replies for worker in reply.hello.workers]
@@ -116,6 +115,36 @@ class Workers:
         self._ended = [exited for reply, _ in replies for exited in reply.hello.exited if "/" not in exited.instance]
         log.info("engine.host_connected", pid=hello.pid, workers=len(self._found), hibernated=len(self._found_parked))
         self._stock.fill()
+
+    async def _linked(self) -> HostLink:
+        if self._host is None:
+            self._host = await HostLink.connect(
+                self._socket_path, self, memory_limit=self._memory_limit, log_path=self._log_path
+            )
+        return self._host
+
+    async def _greet(self) -> list[tuple[pb.HostReply, list[int]]]:
+        return await (await self._linked()).request(pb.HostRequest(hello=pb.Hello()))
+
+    async def _replace(self, hello: pb.HelloReply) -> None:
+        """Put an engine host of this version in the place of one of another protocol."""
+        assert self._host is not None
+        if hello.protocol < FIRST_REPLACEABLE:
+            raise EngineError(
+                "ENGINE_HOST_INCOMPATIBLE",
+                f"the running engine host (version {hello.version}) speaks protocol {hello.protocol}, this daemon {PROTOCOL}",
+                remedy="stop all instances with the daemon of that version, then start this one",
+            )
+        old = self._host
+        taken = await empty(old, self._committer, hello)
+        old.close()
+        self._host = None
+        host = await self._linked()
+        for about, fds in taken:
+            try:
+                await host.request(pb.HostRequest(adopt=pb.Adopt(parked=about)), fds)
+            finally:
+                descriptors.close_all(fds)
 
     async def _ask_host(self, request: pb.HostRequest, fds: Sequence[int] = ()) -> pb.HostReply:
         host = await self._live_host()

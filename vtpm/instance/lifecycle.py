@@ -125,10 +125,11 @@ class Lifecycle:
     async def recover(self) -> None:
         """Take over what ran on without a daemon, and put into order what did not."""
         powered_off: set[tuple[uuid.UUID, int]] = set()
+        # An engine host that is replaced at the start of an engine hibernates what runs in it: the store is read after that.
+        started = [(engine, await engine.start(self)) for engine in self.engines.values()]
         snapshots = await self.blocking(self.store.snapshots.all)
         owned = {record.id: record for record in await self.blocking(self.store.owned)}
-        for engine in self.engines.values():
-            found = await engine.start(self)
+        for engine, found in started:
             powered_off |= found.powered_off
             for adopted in found.adopted:
                 record = owned.get(adopted.instance)

@@ -210,6 +210,10 @@ class InstanceManager:
             callback(InstanceChange("EXISTING", running.record))
         self._hub.subscribe(callback)
 
+    def subscribe_hibernation(self, callback: Callable[[uuid.UUID], None]) -> None:
+        """Call `callback` on the event loop whenever an instance has hibernated."""
+        self._lifecycle.thaws.on_hibernated.append(callback)
+
     # ---- the host --------------------------------------------------------------------------------------------------------
 
     async def host(self) -> HostInfo:

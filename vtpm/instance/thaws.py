@@ -72,6 +72,7 @@ class Thaws:
         self._power = power
         self._idle_timeout_s = idle_timeout_s
         self.observe: Callable[[float], None] = lambda _seconds: None
+        self.on_hibernated: list[Callable[[uuid.UUID], None]] = []
         # Set while instances may wake.
         self._open = asyncio.Event()
         self._open.set()
@@ -104,6 +105,8 @@ class Thaws:
         if running is not None:
             running.tpm.fell_asleep(attached=parked.attached)
             log.debug("instance.hibernated", instance=str(parked.instance), epoch=parked.epoch)
+            for callback in self.on_hibernated:
+                callback(parked.instance)
             if parked.woken:
                 self._wake(running)
 

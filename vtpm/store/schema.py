@@ -77,12 +77,19 @@ snapshots: Final = Table(
     Column("instance", Uuid, ForeignKey("instances.id"), primary_key=True),
     Column("epoch", BigInteger, nullable=False),
     Column("version", BigInteger, nullable=False),
-    # Empty once it is used up.
     Column("blob", LargeBinary, nullable=False),
     # A VM's control connection was open.
     Column("attached", Boolean, nullable=False),
-    # Empty, or the token of the worker that went on from it.
-    Column("used_by", LargeBinary, nullable=False),
+)
+
+# Which snapshot was used up last; not in the row of the snapshot, which has several pages, as a guest waits for the write.
+snapshot_uses: Final = Table(
+    "snapshot_uses",
+    metadata,
+    Column("instance", Uuid, ForeignKey("instances.id"), primary_key=True),
+    Column("version", BigInteger, nullable=False),
+    # Of the worker that went on from it.
+    Column("token", LargeBinary, nullable=False),
 )
 
 requests: Final = Table(

@@ -1,7 +1,7 @@
 """Snapshots of hibernated instances: taken with the instance ON, used once, forgotten when it is powered off.
 
-Invariant 2: `use` erases the snapshot durably and notes who used it, before that worker runs a command. Asked again by the same
-worker, which lost the answer, it succeeds; asked by anybody else it does not.
+Invariant 2: `use` durably marks the snapshot as used up, and by whom, before that worker runs a command; from then on nobody
+gets it. Asked again by the same worker, which lost the answer, it succeeds; asked by anybody else it does not.
 
 Statements run on a connection of vtpm.store.commits, in its transaction. Plain SQL on the driver, as a guest waits.
 """
@@ -22,24 +22,31 @@ from vtpm.store.database import errors, set_pragmas
 from vtpm.store.model import SealedState
 
 _TAKE: Final = """
-INSERT INTO snapshots (instance, epoch, version, blob, attached, used_by)
-SELECT ?, ?, ?, ?, ?, x'' FROM instances WHERE id = ? AND epoch = ? AND state = 'ON'
+INSERT INTO snapshots (instance, epoch, version, blob, attached)
+SELECT ?, ?, ?, ?, ? FROM instances WHERE id = ? AND epoch = ? AND state = 'ON'
 ON CONFLICT (instance) DO UPDATE SET
-  epoch = excluded.epoch, version = excluded.version, blob = excluded.blob, attached = excluded.attached, used_by = x''
+  epoch = excluded.epoch, version = excluded.version, blob = excluded.blob, attached = excluded.attached
 WHERE snapshots.version < excluded.version OR (snapshots.version = excluded.version AND snapshots.blob = excluded.blob)
 """
 _USE: Final = """
-UPDATE snapshots SET blob = x'', used_by = ?
-WHERE instance = ? AND epoch = ? AND version = ? AND (used_by = x'' OR used_by = ?)
-  AND epoch = (SELECT epoch FROM instances WHERE id = ? AND state = 'ON')
+INSERT INTO snapshot_uses (instance, version, token)
+SELECT n.instance, n.version, ? FROM snapshots n JOIN instances i ON i.id = n.instance
+WHERE n.instance = ? AND n.epoch = ? AND n.version = ? AND i.epoch = n.epoch AND i.state = 'ON'
+ON CONFLICT (instance) DO UPDATE SET version = excluded.version, token = excluded.token
+WHERE snapshot_uses.version < excluded.version
+  OR (snapshot_uses.version = excluded.version AND snapshot_uses.token = excluded.token)
 """
 _LOAD: Final = """
 SELECT k.provider, k.key_id, k.blob, s.epoch, s.version, s.blob, n.version, n.blob
 FROM data_keys k JOIN states s ON s.instance = k.instance AND s.kind = ?
-JOIN snapshots n ON n.instance = k.instance AND n.used_by = x'' AND n.epoch = ?
-WHERE k.instance = ?
+JOIN snapshots n ON n.instance = k.instance AND n.epoch = ?
+LEFT JOIN snapshot_uses u ON u.instance = n.instance AND u.version >= n.version
+WHERE k.instance = ? AND u.instance IS NULL
 """
-_ALL: Final = "SELECT instance, epoch, attached FROM snapshots WHERE used_by = x''"
+_ALL: Final = """
+SELECT n.instance, n.epoch, n.attached FROM snapshots n
+LEFT JOIN snapshot_uses u ON u.instance = n.instance AND u.version >= n.version WHERE u.instance IS NULL
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +87,8 @@ def take(connection: sqlite3.Connection, item: SnapshotCommit) -> str:
 
 
 def use(connection: sqlite3.Connection, item: SnapshotUse) -> str:
-    """Erase a snapshot for the one who goes on from it; empty, or SNAPSHOT_USED."""
-    instance = item.instance.hex
-    values = (item.token, instance, item.epoch, item.version, item.token, instance)
+    """Mark a snapshot as used up by the one who goes on from it; empty, or SNAPSHOT_USED."""
+    values = (item.token, item.instance.hex, item.epoch, item.version)
     return "" if connection.execute(_USE, values).rowcount == 1 else "SNAPSHOT_USED"
 
 

@@ -22,7 +22,7 @@ from vtpm.store import database
 from vtpm.store.commits import AnyCommit, StateCommits
 from vtpm.store.model import Failure, Filter, InstanceRecord, InstanceState, KeyRecord, NewInstance, SealedState
 from vtpm.store.rows import dump_failure, dump_keys, dump_profile, now, to_record
-from vtpm.store.schema import data_keys, instances, labels, requests, snapshots, states
+from vtpm.store.schema import data_keys, instances, labels, requests, snapshot_uses, snapshots, states
 from vtpm.store.snapshots import SnapshotReader
 
 log: Final = structlog.get_logger("vtpm.store")
@@ -284,8 +284,14 @@ class Store:
                 )
             values = {"state": InstanceState.ON.value, "failure": "", "boot_id": boot_id, "epoch": record.epoch + 1}
             self._change(connection, instance, values, revision=revision)
-            connection.execute(sa.delete(snapshots).where(snapshots.c.instance == instance))
+            self._forget_snapshots(connection, instance)
             return self._by_id(connection, instance)
+
+    @staticmethod
+    def _forget_snapshots(connection: sa.Connection, instance: uuid.UUID) -> None:
+        """Invariant 2: what goes on or off has no volatile state from before."""
+        for table in (snapshots, snapshot_uses):
+            connection.execute(sa.delete(table).where(table.c.instance == instance))
 
     def release(self, instance: uuid.UUID, epoch: int) -> InstanceRecord:
         """Take an instance that is ON or FAILED under `epoch` to OFF.
@@ -315,8 +321,7 @@ class Store:
                     remedy="another owner has taken it over; nothing to do",
                 )
             self._change(connection, instance, values)
-            # Invariant 2: what is not ON has no volatile state that anything could go on from.
-            connection.execute(sa.delete(snapshots).where(snapshots.c.instance == instance))
+            self._forget_snapshots(connection, instance)
             return self._by_id(connection, instance)
 
     def _change(
@@ -377,7 +382,7 @@ class Store:
         crash_point("delete.after_erase")
         with self._writing() as connection:
             doomed = sa.select(instances.c.id).where(instances.c.state == _DELETING).scalar_subquery()
-            for table in (snapshots, states, labels, data_keys):
+            for table in (snapshot_uses, snapshots, states, labels, data_keys):
                 connection.execute(sa.delete(table).where(table.c.instance.in_(doomed)))
             connection.execute(sa.delete(instances).where(instances.c.state == _DELETING))
             crash_point("delete.before_commit")

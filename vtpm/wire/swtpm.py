@@ -6,7 +6,7 @@ The protocol itself is spoken by the worker (vtpm.engine.control), so that a dae
 from __future__ import annotations
 
 import asyncio
-import errno
+import functools
 import socket
 import uuid
 from collections.abc import AsyncIterator
@@ -17,11 +17,9 @@ import structlog
 from vtpm.errors import VtpmError
 from vtpm.instance.model import InstanceChange
 from vtpm.store.model import InstanceRecord
+from vtpm.wire.doors import Doors
 
 log: Final = structlog.get_logger("vtpm.wire")
-
-_OUT_OF_DESCRIPTORS: Final = (errno.EMFILE, errno.ENFILE)
-_RETRY_S: Final = 1.0
 
 
 class VmPort(Protocol):
@@ -43,6 +41,7 @@ class ControlSockets:
     def __init__(self, manager: VmPort) -> None:
         self._manager = manager
         self._listeners: dict[uuid.UUID, socket.socket] = {}
+        self._doors = Doors()
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
@@ -67,36 +66,18 @@ class ControlSockets:
         except VtpmError as error:
             log.error("wire.control_socket_failed", instance=str(record.id), reason=error.reason, remedy=error.remedy)
             return
-        listener.setblocking(False)
         self._listeners[record.id] = listener
-        asyncio.get_running_loop().add_reader(listener, self._on_connection, record.id, listener)
+        self._doors.add(listener, functools.partial(self._on_connection, record.id))
 
     def _close(self, instance: uuid.UUID) -> None:
         listener = self._listeners.pop(instance, None)
         if listener is not None:
-            asyncio.get_running_loop().remove_reader(listener)
-            listener.close()
+            self._doors.remove(listener)
 
-    def _on_connection(self, instance: uuid.UUID, listener: socket.socket) -> None:
-        try:
-            connection, _ = listener.accept()
-        except BlockingIOError:
-            return
-        except OSError as error:
-            log.error("wire.accept_failed", instance=str(instance), error=error.strerror)
-            if error.errno in _OUT_OF_DESCRIPTORS:
-                # The connection would make this listener readable again at once, and for ever.
-                loop = asyncio.get_running_loop()
-                loop.remove_reader(listener)
-                loop.call_later(_RETRY_S, self._resume, instance, listener)
-            return
+    def _on_connection(self, instance: uuid.UUID, connection: socket.socket) -> None:
         task = asyncio.get_running_loop().create_task(self._attach(instance, connection))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-    def _resume(self, instance: uuid.UUID, listener: socket.socket) -> None:
-        if self._listeners.get(instance) is listener:
-            asyncio.get_running_loop().add_reader(listener, self._on_connection, instance, listener)
 
     async def _attach(self, instance: uuid.UUID, connection: socket.socket) -> None:
         with connection:
@@ -109,4 +90,5 @@ class ControlSockets:
         """Stop listening; VMs that are attached run on."""
         for instance in list(self._listeners):
             self._close(instance)
+        self._doors.close()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -8,7 +8,6 @@ locality 0, and to no other.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import socket
 from collections import Counter
@@ -21,15 +20,11 @@ import structlog
 from vtpm.errors import ConfigError, VtpmError
 from vtpm.store.model import InstanceRecord, InstanceState
 from vtpm.wire.listening import QuietLog, accept_forever
+from vtpm.wire.relay import carry_both_ways
 
 log: Final = structlog.get_logger("vtpm.wire")
 
-# Read at once, and so all that one direction of a connection ever holds. A silent connection holds nothing.
-_CHUNK_SIZE: Final = 64 << 10
 _MAX_CONNECTIONS_PER_CID: Final = 16
-# How long a peer may take no bytes that are there for it, and how long an answer may flow on after its request's end.
-_STALL_TIMEOUT_S: Final = 120.0
-_HALF_CLOSED_TIMEOUT_S: Final = 60.0
 _BACKLOG: Final = 128
 
 
@@ -88,38 +83,7 @@ class Relay:
                 self._quiet.warning("vsock.guest_socket_absent", cid, cid=cid, name=record.name, error=error.strerror)
                 return
             log.debug("vsock.connected", cid=cid, instance=str(record.id))
-            await _carry_both_ways(connection, guest)
-
-
-async def _carry_both_ways(one: socket.socket, other: socket.socket) -> None:
-    loop = asyncio.get_running_loop()
-    ways = {loop.create_task(_carry_one_way(one, other)), loop.create_task(_carry_one_way(other, one))}
-    try:
-        await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
-        # What is still under way in the other direction arrives: the last answers of a server that ends, for one.
-        async with asyncio.timeout(_HALF_CLOSED_TIMEOUT_S):
-            await asyncio.gather(*ways)
-    finally:
-        for way in ways:
-            way.cancel()
-        # Neither socket may be closed while the loop still waits for it.
-        await asyncio.gather(*ways, return_exceptions=True)
-
-
-async def _carry_one_way(source: socket.socket, sink: socket.socket) -> None:
-    loop = asyncio.get_running_loop()
-    try:
-        while data := await loop.sock_recv(source, _CHUNK_SIZE):
-            async with asyncio.timeout(_STALL_TIMEOUT_S):
-                await loop.sock_sendall(sink, data)
-    except TimeoutError:
-        # Not an end like others, though it is an OSError too: a sink that takes nothing has the connection cut.
-        raise
-    except OSError:
-        # An end that has gone ends this direction; that it is gone, the other direction finds out by itself.
-        pass
-    with contextlib.suppress(OSError):
-        sink.shutdown(socket.SHUT_WR)
+            await carry_both_ways(connection, guest)
 
 
 class VsockServer:

@@ -16,6 +16,7 @@ import pytest
 
 from vtpm.errors import ConfigError, NotFoundError
 from vtpm.store.model import InstanceRecord, InstanceState
+from vtpm.wire import relay as relaying
 from vtpm.wire import vsock
 from vtpm.wire.vsock import Relay, VsockServer, listen
 
@@ -143,7 +144,7 @@ async def _close(writer: asyncio.StreamWriter) -> None:
 async def test_a_half_closed_connection_does_not_stay_for_ever(
     guest: Guest, relay: Relay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vsock, "_HALF_CLOSED_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(relaying, "_HALF_CLOSED_TIMEOUT_S", 0.1)
     peer = Peer(relay)
     reader, _ = await guest.accepted.get()
     peer.sock.shutdown(socket.SHUT_WR)
@@ -154,7 +155,7 @@ async def test_a_half_closed_connection_does_not_stay_for_ever(
 async def test_a_peer_that_never_reads_is_dropped_and_slows_the_other_end_down_until_then(
     guest: Guest, relay: Relay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vsock, "_STALL_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(relaying, "_STALL_TIMEOUT_S", 0.3)
     peer = Peer(relay)
     _, writer = await guest.accepted.get()
     sent = 0

@@ -10,7 +10,7 @@ down_revision = "0001"
 
 
 def upgrade() -> None:
-    """Create the table."""
+    """Create the tables."""
     op.create_table(
         "snapshots",
         sa.Column("instance", sa.Uuid, sa.ForeignKey("instances.id"), primary_key=True),
@@ -18,5 +18,10 @@ def upgrade() -> None:
         sa.Column("version", sa.BigInteger, nullable=False),
         sa.Column("blob", sa.LargeBinary, nullable=False),
         sa.Column("attached", sa.Boolean, nullable=False),
-        sa.Column("used_by", sa.LargeBinary, nullable=False),
+    )
+    op.create_table(
+        "snapshot_uses",
+        sa.Column("instance", sa.Uuid, sa.ForeignKey("instances.id"), primary_key=True),
+        sa.Column("version", sa.BigInteger, nullable=False),
+        sa.Column("token", sa.LargeBinary, nullable=False),
     )
