@@ -105,6 +105,7 @@ class Daemon:
                 max_running=settings.max_running,
                 idle_timeout_s=settings.idle_timeout_s,
             )
+            lifecycle.thaws.observe = metrics.observe_thaw
             stack.push_async_callback(lifecycle.close)
             await lifecycle.recover()
             manager = InstanceManager(
@@ -149,7 +150,8 @@ async def _observe_instances(manager: InstanceManager, metrics: Metrics) -> None
         try:
             for row in await manager.drain_command_counts():
                 metrics.observe_ordinals(row.ordinal, row.count, row.nanos, list(row.buckets))
-            metrics.set_instances((await manager.host()).counts)
+            host = await manager.host()
+            metrics.set_instances(host.counts, awake=host.awake, hibernated=host.hibernated)
         except VtpmError as error:
             log.warning("metrics.collection_failed", reason=error.reason)
         await asyncio.sleep(_METRICS_INTERVAL_S)

@@ -46,8 +46,13 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._instances = Gauge("vtpm_instances", "Instances by state.", ["state"], registry=self.registry)
         self._workers = Gauge("vtpm_workers", "Worker processes that run an instance.", registry=self.registry)
-        # No engine hibernates yet, so this stays at zero.
-        Counter("vtpm_thaws", "Hibernated instances brought back.", registry=self.registry)
+        self._hibernated = Gauge("vtpm_hibernated", "Instances that are ON and have no process.", registry=self.registry)
+        self._thaw_seconds = Histogram(
+            "vtpm_thaw_seconds",
+            "Time to bring a hibernated instance back, until its worker runs commands.",
+            registry=self.registry,
+            buckets=_RPC_BUCKETS,
+        )
         self._commits = Counter("vtpm_commits", "Sealed states by outcome.", ["result"], registry=self.registry)
         self._commit_seconds = Histogram(
             "vtpm_commit_seconds", "Time of one store transaction.", registry=self.registry, buckets=_COMMIT_BUCKETS
@@ -83,11 +88,16 @@ class Metrics:
         self._requests.labels(method, code).inc()
         self._request_seconds.labels(method).observe(seconds)
 
-    def set_instances(self, counts: Mapping[str, int]) -> None:
-        """Take over instance counts by state; each instance that is ON has a worker."""
+    def set_instances(self, counts: Mapping[str, int], *, awake: int, hibernated: int) -> None:
+        """Take over instance counts by state, and how many of those that are ON have a process."""
         for state, count in counts.items():
             self._instances.labels(state).set(count)
-        self._workers.set(counts.get("ON", 0))
+        self._workers.set(awake)
+        self._hibernated.set(hibernated)
+
+    def observe_thaw(self, seconds: float) -> None:
+        """Count one thaw."""
+        self._thaw_seconds.observe(seconds)
 
     def start_http_server(self, address: str) -> None:
         """Serve the metrics at `host:port`.

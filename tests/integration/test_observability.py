@@ -41,7 +41,8 @@ def test_metrics_count_instances_commands_commits_and_workers() -> None:
         assert values["vtpm_workers"] == "1.0"
         assert float(values['vtpm_commits_total{result="durable"}']) >= 1
         assert float(values["vtpm_commit_seconds_count"]) >= 1
-        assert values["vtpm_thaws_total"] == "0.0"
+        assert values["vtpm_thaw_seconds_count"] == "0.0"
+        assert values["vtpm_hibernated"] == "0.0"
         assert any(key.startswith("vtpm_grpc_requests_total") and "CreateInstance" in key for key in values)
 
 

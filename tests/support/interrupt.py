@@ -6,27 +6,37 @@ import contextlib
 import select
 import socket
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.support.daemon import DaemonProcess
 from vtpm.api.v1 import instance_pb2 as pb
 
 
-class Interrupter:
-    """Listens at `path` and `path.ctrl`; whatever a client sends goes on to a TPM that has just been made to hibernate."""
+def listen_in(directory: Path) -> tuple[Path, list[socket.socket]]:
+    """A data socket and its control twin; give its path to a client."""
+    path = directory / "t.sock"
+    listeners = []
+    for suffix in ("", ".ctrl"):
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(f"{path}{suffix}")
+        listener.listen(16)
+        listeners.append(listener)
+    return path, listeners
 
-    def __init__(self, daemon: DaemonProcess, instance: pb.Instance, directory: Path) -> None:
+
+class Interrupter:
+    """Serves `listeners`, the data socket and its control twin; what a client sends goes on to a TPM that has just been made to
+    hibernate. `count` says how often."""
+
+    def __init__(self, daemon: DaemonProcess, instance: pb.Instance, listeners: Sequence[socket.socket]) -> None:
         self._daemon = daemon
         self._name = instance.name
-        self.path = directory / "t.sock"
         self.count = 0
         self._lock = threading.Lock()
         self._ending = threading.Event()
         self._threads: list[threading.Thread] = []
-        for suffix in ("", ".ctrl"):
-            listener = socket.socket(socket.AF_UNIX)
-            listener.bind(f"{self.path}{suffix}")
-            listener.listen(16)
+        for listener, suffix in zip(listeners, ("", ".ctrl"), strict=True):
             self._begin(self._accept, listener, f"{instance.tpm_socket}{suffix}")
 
     def _begin(self, target: object, *arguments: object) -> None:
