@@ -157,10 +157,10 @@ def test_capabilities_and_states_are_told_as_swtpm_tells_them(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
-        (["chardev", "--tpm2", "--vtpm-proxy"], "/dev/vtpmx"),
+        (["cuse", "--tpm2"], "CUSE"),
         (["socket", "--tpmstate", "dir=DIR", "--ctrl", "type=unixio,path=DIR/c"], "TPM 1.2"),
-        (["socket", "--tpm2", "--tpmstate", "dir=DIR", "--migration-key", "file=x"], "--migration-key"),
-        (["socket", "--tpm2", "--tpmstate", "backend-uri=file:///x"], "backend"),
+        (["socket", "--tpm2", "--tpmstate", "dir=DIR", "--ctrl", "type=unixio,path=DIR/c", "--migration-key", "file=/x"], "/x"),
+        (["socket", "--tpm2", "--tpmstate", "backend-uri=iscsi:///x"], "backend"),
         (["socket", "--tpm2", "--tpmstate", "dir=DIR", "--bogus"], "bogus"),
         (["socket", "--tpm2", "--tpmstate", "dir=DIR", "--flags", "bogus"], "bogus"),
         (["socket", "--tpm2", "--tpmstate", "dir=DIR", "--server", "type=foo"], "foo"),

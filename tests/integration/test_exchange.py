@@ -27,7 +27,7 @@ from vtpm.errors import EngineError, SealedStateError, UnavailableError, VtpmErr
 from vtpm.tpm.ptm import INIT_DELETE_VOLATILE, BlobType, Result, migration_blob
 from vtpm.wire import swtpm_state
 from vtpm.wire.control_client import ControlClient, ControlCommandError
-from vtpm.wire.swtpm_state import Kdf, KeyFormat, KeyMode
+from vtpm.wire.swtpm_keys import Kdf, KeyFormat, KeyMode
 
 needs_swtpm = pytest.mark.skipif(not shutil.which("swtpm"), reason="swtpm is not installed")
 pytestmark = needs_swtpm
