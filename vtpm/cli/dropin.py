@@ -6,7 +6,6 @@ What a caller waits for is the time until the socket is there, so that modules a
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 from pathlib import Path
@@ -110,6 +109,8 @@ def run(arguments: list[str]) -> int:
 
 
 def _json(value: object) -> str:
+    import json
+
     # As swtpm spaces it, for those who look for a text in it.
     text = json.dumps(value)
     return "{ " + text[1:-1].replace('": [', '": [ ').replace("]", " ]").replace("[  ]", "[]") + " }"

@@ -1,4 +1,4 @@
-"""The command lines of `swtpm socket` and `swtpm chardev`, as libvirt, KubeVirt and scripts write them: taken whole or refused."""
+"""The command lines of `swtpm socket` and `swtpm chardev`, as libvirt, KubeVirt and scripts write them: whole or refused."""
 
 from __future__ import annotations
 
