@@ -146,10 +146,13 @@ def _run_tpm(options: Options, ready: TextIO | None) -> int:
 
     if options.run_as:
         # Before any file is touched, as swtpm does it, but while the modules can still be read, wherever they are.
+        import vtpm.cli.dropin_device
+        import vtpm.cli.dropin_linear
         import vtpm.cli.dropin_serve
-        import vtpm.engine.standalone
-        import vtpm.wire.swtpm_state  # noqa: F401
+        import vtpm.engine.standalone  # noqa: F401
+        from vtpm.wire.swtpm_state import load_ciphers
 
+        load_ciphers()
         run_as(options.run_as)
     log = Log(options, quiet=options.daemon)
 

@@ -130,12 +130,15 @@ class _Job:
     def run(self) -> int:
         given = self._given
         from vtpm.cli import dropin_certs, dropin_make
-        from vtpm.cli.dropin_linear import StateFile  # before another user's rights may hide it
+        from vtpm.cli.dropin_linear import StateFile
         from vtpm.cli.dropin_process import run_as
         from vtpm.cli.dropin_state import StateDirectory, read_key
         from vtpm.engine import sandbox
+        from vtpm.wire.swtpm_state import load_ciphers
 
         if given.get("--runas"):
+            # All modules are here before another user's rights may hide them.
+            load_ciphers()
             run_as(given["--runas"])
         needed = self._directory.parent if self._single_file else self._directory
         if not needed.is_dir():

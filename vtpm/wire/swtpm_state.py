@@ -69,6 +69,11 @@ _FILE_MODES: Final[Mapping[int, KeyMode | None]] = {
 }
 
 
+def load_ciphers() -> None:
+    """Load the modules that encrypted states need, for who may not be able to later."""
+    from cryptography.hazmat.primitives import ciphers, padding  # noqa: F401
+
+
 def mode_of(data: bytes, *, subject: str = "") -> KeyMode | None:
     """Return how a state file says it is encrypted; None for a plain one.
 
