@@ -13,6 +13,7 @@ from pathlib import Path
 from tests.bench import swtpm
 from tests.bench.blackout import blackout
 from tests.bench.boot import boot
+from tests.bench.dropin import dropin
 from tests.bench.hibernation import hibernation
 from tests.bench.measure import Row, alternate, micros, millis, placed, private_memory, round_trips
 from tests.support import raw
@@ -159,4 +160,5 @@ ROWS = {
     "blackout": blackout,
     "boot": boot,
     "hibernation": hibernation,
+    "dropin": dropin,
 }

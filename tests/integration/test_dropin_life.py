@@ -157,10 +157,10 @@ def test_capabilities_and_states_are_told_as_swtpm_tells_them(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
-        (["chardev", "--tpm2", "--vtpm-proxy"], "/dev/vtpmx"),
+        (["cuse", "--tpm2"], "CUSE"),
         (["socket", "--tpmstate", "dir=DIR", "--ctrl", "type=unixio,path=DIR/c"], "TPM 1.2"),
-        (["socket", "--tpm2", "--tpmstate", "dir=DIR", "--migration-key", "file=x"], "--migration-key"),
-        (["socket", "--tpm2", "--tpmstate", "backend-uri=file:///x"], "backend"),
+        (["socket", "--tpm2", "--tpmstate", "dir=DIR", "--ctrl", "type=unixio,path=DIR/c", "--migration-key", "file=/x"], "/x"),
+        (["socket", "--tpm2", "--tpmstate", "backend-uri=iscsi:///x"], "backend"),
         (["socket", "--tpm2", "--tpmstate", "dir=DIR", "--bogus"], "bogus"),
         (["socket", "--tpm2", "--tpmstate", "dir=DIR", "--flags", "bogus"], "bogus"),
         (["socket", "--tpm2", "--tpmstate", "dir=DIR", "--server", "type=foo"], "foo"),
@@ -184,18 +184,25 @@ def test_what_is_not_taken_is_refused_by_name(arguments: list[str], word: str, t
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes another")
-def test_run_as(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["plain", "encrypted", "in one file"])
+def test_run_as(kind: str) -> None:
+    """Also where the other user may not read the modules, such as in root's home."""
     import pwd
 
     nobody = pwd.getpwnam("nobody")
-    with subprocess.Popen(["true"]):
-        pass
     state = Path("/tmp") / f"vtpm-runas-{os.getpid()}"
     state.mkdir()
     os.chown(state, nobody.pw_uid, nobody.pw_gid)
+    (state / "key").write_text("00112233445566778899aabbccddeeff")
+    os.chown(state / "key", nobody.pw_uid, nobody.pw_gid)
+    arguments, file = {
+        "plain": ([], PERMALL),
+        "encrypted": (["--key", f"file={state / 'key'}"], PERMALL),
+        "in one file": (["--tpmstate", f"backend-uri=file://{state / 'states'}"], "states"),
+    }[kind]
     try:
-        with running(OURS, state, *READY, "--runas", "nobody") as tpm:
-            assert (state / PERMALL).stat().st_uid == nobody.pw_uid
+        with running(OURS, state, *READY, "--runas", "nobody", *arguments) as tpm:
+            assert (state / file).stat().st_uid == nobody.pw_uid
             tpm.shut_down()
     finally:
         subprocess.run(["rm", "-r", str(state)], check=True)

@@ -158,7 +158,7 @@ def test_encrypted_state(program: str, source: str, tmp_path: Path) -> None:
         (["--tpmstate", "DIR"], "TPM 1.2"),
         (["--tpm2"], "--tpm-state"),
         (["--tpm2", "--tpmstate", "DIR/none"], "none"),
-        (["--tpm2", "--tpmstate", "file://DIR/x"], "backend"),
+        (["--tpm2", "--tpmstate", "iscsi://DIR/x"], "backend"),
         (["--tpm2", "--tpmstate", "DIR", "--take-ownership"], "--take-ownership"),
         (["--tpm2", "--tpmstate", "DIR", "--create-config-files", "root"], "--create-config-files"),
         (["--tpm2", "--tpmstate", "DIR", "--rsa-keysize", "1024"], "1024"),

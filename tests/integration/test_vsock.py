@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import json
 import os
 import socket
-import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ParamSpec, cast
@@ -22,6 +20,7 @@ import uvloop
 from tests.support import raw
 from tests.support.daemon import DaemonProcess
 from tests.support.quote import verify
+from tests.support.vsock import LOCAL_CID, through_vsock
 from vtpm.api.v1 import instance_pb2 as pb
 from vtpm.api.v1 import tpm_pb2
 from vtpm.api.v1.tpm_pb2_grpc import TpmServiceStub
@@ -235,48 +234,17 @@ def test_the_daemon_listens_and_a_second_one_on_the_port_does_not_start(vsock_po
         second.close()
 
 
-@contextlib.contextmanager
-def through_vsock(path: Path, port: int) -> Iterator[None]:
-    """Stand in for gRPC's missing vsock: what comes on the unix socket `path` goes to `port` by vsock's loopback."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
-        listener.bind(str(path))
-        listener.listen()
-        near, far = [], []
-
-        def copy(source: socket.socket, sink: socket.socket) -> None:
-            with contextlib.suppress(OSError):
-                while data := source.recv(1 << 16):
-                    sink.sendall(data)
-                sink.shutdown(socket.SHUT_WR)
-
-        def accept() -> None:
-            with contextlib.suppress(OSError):
-                while True:
-                    near.append(listener.accept()[0])
-                    far.append(socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM))
-                    far[-1].connect((1, port))
-                    for ends in ((near[-1], far[-1]), (far[-1], near[-1])):
-                        threading.Thread(target=copy, args=ends, daemon=True).start()
-
-        threading.Thread(target=accept, daemon=True).start()
-        yield
-        listener.shutdown(socket.SHUT_RDWR)
-        for sock in (*near, *far):
-            sock.close()
-
-
 def test_a_vm_speaks_to_its_tpm_over_vsock(vsock_port: int, tmp_path: Path) -> None:
-    """By the kernel's loopback (module vsock_loopback), whose CID is 1."""
-    local = 1
+    """By the kernel's loopback (module vsock_loopback), where there is one; tests/e2e/test_service.py does it in a VM."""
     process = DaemonProcess()
     try:
-        process.start("--vsock-port", str(vsock_port), "--vsock-cids", json.dumps({local: "vm-a"}))
+        process.start("--vsock-port", str(vsock_port), "--vsock-cids", json.dumps({LOCAL_CID: "vm-a"}))
         with socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM) as sock:
             sock.settimeout(3)
             try:
-                sock.connect((local, vsock_port))
+                sock.connect((LOCAL_CID, vsock_port))
             except OSError as error:
-                pytest.skip(f"AF_VSOCK can be listened on, but not connected to from this host (no vsock_loopback): {error}")
+                pytest.skip(f"this host has AF_VSOCK but no vsock_loopback ({error}); tests/e2e/test_service.py has both")
         process.running("vm-a")
         path = process.root / "vm"
         with through_vsock(path, vsock_port), grpc.insecure_channel(f"unix:{path}") as channel:

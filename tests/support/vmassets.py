@@ -109,6 +109,11 @@ def _packages(cache: Path) -> list[Path]:
     return [versions[-1] for versions in found]
 
 
+def kernel_package(cache: Path) -> Path:
+    """The package that the kernel of `prepare` is from."""
+    return _packages(cache)[0]
+
+
 def _download(cache: Path, debs: Path) -> None:
     if shutil.which("apt-get") is None:
         raise AssetsUnavailableError(f"{cache} has no packages, and without apt-get there is no way to download them")
@@ -213,7 +218,7 @@ def _needed(binary: Path) -> list[str]:
 
 def _initrd(root: Path, libraries: dict[str, Path]) -> bytes:
     """The initramfs, the same bytes for the same files: the firmware measures it."""
-    archive = _Cpio()
+    archive = Cpio()
     files = {path: (file.read_bytes(), 0o755) for path, file in libraries.items()}
     files["bin/busybox"] = (
         next(path for path in (root / "bin/busybox", root / "usr/bin/busybox") if path.exists()).read_bytes(),
@@ -221,10 +226,10 @@ def _initrd(root: Path, libraries: dict[str, Path]) -> bytes:
     )
     files["init"] = ((GUEST / "init").read_bytes(), 0o755)
     files[f"usr/lib/x86_64-linux-gnu/{_STUBBED}"] = (_curl_stub(), 0o755)
-    modules = dict(_modules(root))
-    for name, data in modules.items():
+    found = dict(modules(root, _MODULES))
+    for name, data in found.items():
         files[f"modules/{name}.ko"] = (data, 0o644)
-    files["modules/order"] = ("".join(f"{name}.ko\n" for name in modules).encode(), 0o644)
+    files["modules/order"] = ("".join(f"{name}.ko\n" for name in found).encode(), 0o644)
     directories = {"dev", *(str(parent) for path in files for parent in Path(path).parents if parent != Path())}
     for path in sorted(directories):
         archive.add(path, stat.S_IFDIR | 0o755)
@@ -235,8 +240,9 @@ def _initrd(root: Path, libraries: dict[str, Path]) -> bytes:
     return gzip.compress(archive.finish(), 6, mtime=0)
 
 
-def _modules(root: Path) -> Iterator[tuple[str, bytes]]:
-    for name in _MODULES:
+def modules(root: Path, names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+    """Modules of the kernel that was unpacked to `root`; what it has built in is left out."""
+    for name in names:
         for path in root.glob(f"**/kernel/**/{name}.ko*"):
             data = path.read_bytes()
             yield name, lzma.decompress(data) if path.suffix == ".xz" else data
@@ -251,7 +257,7 @@ def _curl_stub() -> bytes:
         return library.read_bytes()
 
 
-class _Cpio:
+class Cpio:
     """Writes a newc archive whose files belong to root and have no times."""
 
     def __init__(self) -> None:

@@ -6,7 +6,6 @@ What a caller waits for is the time until the socket is there, so that modules a
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 from pathlib import Path
@@ -33,24 +32,29 @@ _FEATURES: Final = (
     "cmdarg-pwd-fd",
     "cmdarg-print-states",
     "nvram-backend-dir",
+    "nvram-backend-file",
     "rsa-keysize-2048",
     "rsa-keysize-3072",
 )
 _USAGE: Final = """\
-Usage: swtpm socket [options]
+Usage: swtpm socket|chardev [options]
 
 A TPM 2.0 in the place of swtpm's (docs/dropin.md); the options are those of swtpm(8):
 
---tpm2 --tpmstate dir=<dir>[,mode=0...]|backend-uri=dir://<dir>
---server type=unixio,path=<path>[,mode=0...][,uid=uid][,gid=gid]|type=tcp,port=<port>[,bindaddr=<address>]|fd=<fd>[,disconnect]
+Both: --tpm2 --tpmstate dir=<dir>[,mode=0...]|backend-uri=dir://<dir>|backend-uri=file://<file>
 --ctrl type=unixio,path=<path>[,mode=0...][,uid=uid][,gid=gid]|type=tcp,port=<port>|fd=<fd>|clientfd=<fd>[,terminate]
 --flags [not-need-init][,startup-clear|startup-state|startup-none]
 --key file=<path>|fd=<fd>|pwdfile=<path>|pwdfd=<fd>[,mode=aes-128-cbc|aes-256-cbc][,format=hex|binary][,kdf=pbkdf2|sha512]
+--migration-key <as --key>
 --locality [reject-locality-4][,allow-set-locality]   --seccomp action=none|kill   --runas <user>
 --pid file=<path>|fd=<fd>   --log file=<path>|fd=<fd>[,level=n][,prefix=<prefix>][,truncate]
--d|--daemon   -t|--terminate   -p|--port <port>   -f|--fd <fd>   --print-capabilities   --print-states   -h|--help
+-d|--daemon   --print-capabilities   --print-states   -h|--help
+
+socket: --server type=unixio,path=<path>[,mode=0...][,uid=uid][,gid=gid]|type=tcp,port=<port>[,bindaddr=<address>]|fd=<fd>
+[,disconnect]   -t|--terminate   -p|--port <port>   -f|--fd <fd>
+
+chardev: -c|--chardev <device>   -f|--fd <fd>   --vtpm-proxy
 """
-_CHARDEVS: Final = Path("/dev/vtpmx")
 _USE_DAEMON: Final = "VTPM_SWTPM_USE_DAEMON"
 _STARTUPS: Final = {"startup-clear": 0, "startup-state": 1}
 
@@ -75,16 +79,14 @@ def run(arguments: list[str]) -> int:
         VtpmError: they were refused, or the TPM could not be started.
     """
     match arguments[:1]:
-        case ["socket"]:
-            options = parse(arguments[1:])
+        case ["socket" | "chardev"]:
+            options = parse(arguments[1:], arguments[0])
         case ["-v" | "--version"]:
             sys.stdout.write(f"TPM emulator version {SWTPM_VERSION}, vtpm {__version__}\n")
             return 0
         case ["-h" | "--help"]:
             sys.stdout.write(_USAGE)
             return 0
-        case ["chardev"]:
-            _chardev()
         case ["cuse"]:
             raise refused("a character device by CUSE is not supported", "use the form: swtpm socket …")
         case []:
@@ -98,9 +100,7 @@ def run(arguments: list[str]) -> int:
             capabilities = {"type": "swtpm", "features": list(_FEATURES), "version": SWTPM_VERSION}
             sys.stdout.write(_json(capabilities) + "\n")
         case "--print-states":
-            from vtpm.cli.dropin_state import StateDirectory
-
-            sizes = StateDirectory(options.directory).sizes()
+            sizes = _state(options, None).sizes()
             states = [{"name": name, "size": size} for name, size in sizes.items()]
             sys.stdout.write(_json({"type": "swtpm", "states": states}) + "\n")
         case _:
@@ -109,15 +109,21 @@ def run(arguments: list[str]) -> int:
 
 
 def _json(value: object) -> str:
+    import json
+
     # As swtpm spaces it, for those who look for a text in it.
     text = json.dumps(value)
     return "{ " + text[1:-1].replace('": [', '": [ ').replace("]", " ]").replace("[  ]", "[]") + " }"
 
 
-def _chardev() -> NoReturn:
-    if not _CHARDEVS.exists():
-        raise refused(f"Could not open {_CHARDEVS}: there is no such device", "use the form: swtpm socket …")
-    raise refused("the form `chardev` is not supported", "use the form: swtpm socket …")
+def _state(options: Options, key: bytes | None) -> StateDirectory:
+    if options.single_file:
+        from vtpm.cli.dropin_linear import StateFile
+
+        return StateFile(options.directory, options.state_mode, key)
+    from vtpm.cli.dropin_state import StateDirectory
+
+    return StateDirectory(options.directory, options.state_mode, key)
 
 
 def _serve(options: Options) -> int:
@@ -133,21 +139,32 @@ def _serve(options: Options) -> int:
 
 
 def _run_tpm(options: Options, ready: TextIO | None) -> int:
-    from vtpm.cli.dropin_state import StateDirectory, read_key
+    from vtpm.cli.dropin_blobs import Blobs
+    from vtpm.cli.dropin_control import Control
+    from vtpm.cli.dropin_state import read_key
     from vtpm.engine import sandbox
 
     if options.run_as:
         # Before any file is touched, as swtpm does it, but while the modules can still be read, wherever they are.
+        import vtpm.cli.dropin_device
+        import vtpm.cli.dropin_linear
         import vtpm.cli.dropin_serve
-        import vtpm.engine.standalone
-        import vtpm.wire.swtpm_state  # noqa: F401
+        import vtpm.engine.standalone  # noqa: F401
+        from vtpm.wire.swtpm_state import load_ciphers
 
+        load_ciphers()
         run_as(options.run_as)
     log = Log(options, quiet=options.daemon)
 
+    device = -1
+    if options.proxy or options.device is not None:
+        from vtpm.cli.dropin_device import open_device
+
+        device = open_device(options)
     key = read_key(options.key)
+    blobs = Blobs(key, read_key(options.migration_key, "--migration-key"))
     sandbox.forbid_dumps()
-    state = StateDirectory(options.directory, options.state_mode, key)
+    state = _state(options, key)
     state.lock()
     fresh = None
     tpm: Tpm
@@ -160,7 +177,8 @@ def _run_tpm(options: Options, ready: TextIO | None) -> int:
         tpm, fresh = _alone(options, state, log)
     failure = ""
     try:
-        _serve_clients(options, tpm, state, fresh, encrypted=key is not None, log=log, ready=ready)
+        control = Control(tpm, state, fresh=fresh, blobs=blobs, reject_locality_4=options.reject_locality_4)
+        _serve_clients(options, tpm, control, device, log=log, ready=ready)
     finally:
         tpm.stop()
         failure = tpm.wait()
@@ -183,23 +201,18 @@ def _alone(options: Options, state: StateDirectory, log: Log) -> tuple[Standalon
     return tpm, fresh
 
 
-def _serve_clients(
-    options: Options,
-    tpm: Tpm,
-    state: StateDirectory,
-    fresh: bytes | None,
-    *,
-    encrypted: bool,
-    log: Log,
-    ready: TextIO | None,
-) -> None:
-    from vtpm.cli.dropin_control import Control
+def _serve_clients(options: Options, tpm: Tpm, control: Control, device: int, *, log: Log, ready: TextIO | None) -> None:
     from vtpm.cli.dropin_serve import Server
 
-    control = Control(tpm, state, fresh=fresh, encrypted=encrypted, reject_locality_4=options.reject_locality_4)
     if not options.need_init:
         _start(options, tpm, control)
-    server = Server(options, tpm, control)
+    if options.proxy:
+        from vtpm.cli.dropin_device import make_proxy
+
+        device, said = make_proxy(device)
+        sys.stdout.write(said)
+        sys.stdout.flush()
+    server = Server(options, tpm, control, device)
     try:
         server.listen()
         write_pid(options)
@@ -226,6 +239,10 @@ def _start(options: Options, tpm: Tpm, control: Control) -> None:
         rc = HEADER.unpack_from(response)[2]
         if rc not in (0, 0x100):
             raise refused(f"the TPM answered TPM2_Startup with 0x{rc:x}", "give --flags startup-clear")
+    if options.proxy:
+        # The kernel asks for it first of all and gives it two seconds, which a busy machine may exceed; what is tested is not
+        # tested again. fullTest is NO: what was not tested yet.
+        tpm.execute(build(CommandCode.SelfTest, b"\0"))
 
 
 if __name__ == "__main__":

@@ -8,21 +8,40 @@ import stat
 import struct
 from typing import Final, Protocol
 
+from vtpm.cli.dropin_blobs import Blobs
 from vtpm.cli.dropin_state import StateDirectory
 from vtpm.errors import EngineError, VtpmError
 from vtpm.tpm.ptm import CODE, INIT_DELETE_VOLATILE, BlobType, ControlCommand, Result, migration_blob, state_of
 
-_CONFIG_FILE_KEY: Final = 1
 _GET_DECRYPTED: Final = 1
 _HEAD: Final = 12
 # What follows the TPM_RESULT of a success, if anything does.
 _TAILS: Final = {ControlCommand.GET_TPMESTABLISHED: 4, ControlCommand.SET_BUFFERSIZE: 12}
 
 
+class Stream(Protocol):
+    """A client's connection: a socket, or a character device."""
+
+    def fileno(self) -> int:
+        """Its descriptor."""
+
+    def settimeout(self, value: float | None, /) -> None:
+        """How long sending may take."""
+
+    def recv(self, size: int, /) -> bytes:
+        """Receive."""
+
+    def sendall(self, data: bytes, /) -> None:
+        """Send."""
+
+    def close(self) -> None:
+        """Close it."""
+
+
 class Data(Protocol):
     """Who serves the data channel."""
 
-    def take(self, connection: socket.socket) -> bool:
+    def take(self, connection: Stream) -> bool:
         """Serve it; False if there is one already."""
 
 
@@ -57,14 +76,14 @@ class Control:
         state: StateDirectory,
         *,
         fresh: bytes | None,
-        encrypted: bool,
+        blobs: Blobs,
         reject_locality_4: bool,
     ) -> None:
         self._tpm = tpm
         self._state = state
         # A state that is in no file yet.
         self._fresh = fresh
-        self._encrypted = encrypted
+        self._blobs = blobs
         self._reject_locality_4 = reject_locality_4
         self._worker = tpm.connect()
         self._suspended = False
@@ -103,7 +122,7 @@ class Control:
             data += part
         return data
 
-    def give_data(self, connection: socket.socket) -> bool:
+    def give_data(self, connection: Stream) -> bool:
         """Have the worker serve a data channel; False while it serves another."""
         return self._forward(ControlCommand.SET_DATAFD, fds=(connection.fileno(),)) == CODE.pack(Result.SUCCESS)
 
@@ -127,7 +146,7 @@ class Control:
         """
         match command:
             case ControlCommand.GET_CONFIG:
-                return struct.pack(">II", Result.SUCCESS, _CONFIG_FILE_KEY if self._encrypted else 0)
+                return struct.pack(">II", Result.SUCCESS, self._blobs.config)
             case ControlCommand.SET_LOCALITY if payload[0] == 4 and self._reject_locality_4:
                 return CODE.pack(Result.BAD_LOCALITY)
             case ControlCommand.SET_DATAFD:
@@ -136,9 +155,10 @@ class Control:
                 return self._initialise(payload)
             case ControlCommand.STORE_VOLATILE:
                 return self._store_volatile()
-            case ControlCommand.GET_STATEBLOB if self._encrypted and not CODE.unpack_from(payload)[0] & _GET_DECRYPTED:
-                # It is asked for encrypted, which the worker can't do.
-                return CODE.pack(Result.FAIL)
+            case ControlCommand.GET_STATEBLOB:
+                return self._blobs.get(payload, lambda request: self._forward(command, request))
+            case ControlCommand.SET_STATEBLOB:
+                return self._blobs.set(payload, lambda request: self._forward(command, request))
             case ControlCommand.SHUTDOWN:
                 self.suspend()
                 self.ended = True

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Final
 
-from vtpm.cli.dropin_control import Control
+from vtpm.cli.dropin_control import Control, Stream
 from vtpm.errors import EngineError
 from vtpm.tpm.codes import TPM_RC_COMMAND_SIZE
 from vtpm.tpm.command import HEADER, HEADER_SIZE, MAX_COMMAND_SIZE, error_response
@@ -37,14 +37,14 @@ class DataChannel:
         self._control = control
         self._poller = poller
         self._on_end = on_end
-        self._client: socket.socket | None = None
+        self._client: Stream | None = None
 
     @property
     def client_fd(self) -> int:
         """The client's descriptor; -1 without one."""
         return self._client.fileno() if self._client is not None else -1
 
-    def take(self, connection: socket.socket) -> bool:
+    def take(self, connection: Stream) -> bool:
         """See vtpm.cli.dropin_control.Data."""
         if self._client is not None:
             if not self._gone():
@@ -59,7 +59,7 @@ class DataChannel:
 
     _EVENTS = select.EPOLLRDHUP
 
-    def _begin(self, connection: socket.socket) -> bool:
+    def _begin(self, connection: Stream) -> bool:
         return self._give(connection)
 
     def _gone(self) -> bool:
@@ -68,7 +68,7 @@ class DataChannel:
         poller.register(self._client, select.POLLRDHUP)
         return bool(poller.poll(0))
 
-    def _give(self, connection: socket.socket) -> bool:
+    def _give(self, connection: Stream) -> bool:
         """Wait until the worker has served all of the client before, which is gone."""
         for _ in range(_TRIES):
             if self._control.give_data(connection):
@@ -89,6 +89,7 @@ class DataChannel:
         if self._client is not None:
             with _dead() as dead:
                 if self._control.give_data(dead):
+                    assert isinstance(self._client, socket.socket)
                     self._client.shutdown(socket.SHUT_RDWR)
 
     def _drop(self) -> None:
@@ -114,7 +115,7 @@ class RelayedData(DataChannel):
             self._give(theirs)
         self._buffer = bytearray()
 
-    def _begin(self, connection: socket.socket) -> bool:
+    def _begin(self, connection: Stream) -> bool:
         self._buffer.clear()
         connection.settimeout(_SEND_TIMEOUT_S)
         return True

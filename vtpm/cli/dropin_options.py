@@ -1,4 +1,4 @@
-"""The command line of `swtpm socket`, as libvirt, KubeVirt and scripts write it; understood whole or refused."""
+"""The command lines of `swtpm socket` and `swtpm chardev`, as libvirt, KubeVirt and scripts write them: whole or refused."""
 
 from __future__ import annotations
 
@@ -12,13 +12,10 @@ from typing import Final
 
 from vtpm.errors import InvalidArgumentError
 
-_SHORT: Final = "dhp:f:tr:"
-_LONG: Final = [
+_BOTH: Final = [
     "daemon",
     "help",
-    "port=",
     "fd=",
-    "terminate",
     "runas=",
     "locality=",
     "log=",
@@ -29,12 +26,25 @@ _LONG: Final = [
     "ctrl=",
     "flags=",
     "tpm2",
-    "server=",
     "seccomp=",
     "print-capabilities",
     "print-states",
 ]
-_SAME: Final = {"-d": "--daemon", "-h": "--help", "-p": "--port", "-f": "--fd", "-t": "--terminate", "-r": "--runas"}
+# By form: short options, and those that the other one does not have.
+_FORMS: Final = {
+    "socket": ("dhp:f:tr:", ["port=", "terminate", "server="]),
+    "chardev": ("dhc:f:r:", ["chardev=", "vtpm-proxy"]),
+}
+_SAME: Final = {
+    "-d": "--daemon",
+    "-h": "--help",
+    "-p": "--port",
+    "-f": "--fd",
+    "-t": "--terminate",
+    "-r": "--runas",
+    "-c": "--chardev",
+}
+_KEY: Final = ("file", "fd", "pwdfile", "pwdfd", "mode", "format", "remove", "kdf")
 _ADDRESS: Final = ["type", "path", "port", "bindaddr", "ifname", "fd", "clientfd", "mode", "uid", "gid"]
 _STARTUPS: Final = ("startup-clear", "startup-state", "startup-none", "startup-deactivated")
 
@@ -62,11 +72,18 @@ class Address:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What was asked for. `keys` holds the fields of --key."""
+    """What was asked for. `key`, `migration_key` and `log` hold the fields of their options.
+
+    `device` is the character device of the form `chardev`: a path, a descriptor, or one that the kernel is to make.
+    """
 
     action: str = ""
     directory: Path = Path()
+    # `directory` is a file that holds the states.
+    single_file: bool = False
     state_mode: int = 0o640
+    device: str | int | None = None
+    proxy: bool = False
     server: Address | None = None
     control: Address | None = None
     need_init: bool = True
@@ -75,6 +92,7 @@ class Options:
     pid_fd: int = -1
     log: Mapping[str, str] = field(default_factory=dict)
     key: Mapping[str, str] = field(default_factory=dict)
+    migration_key: Mapping[str, str] = field(default_factory=dict)
     daemon: bool = False
     terminate: bool = False
     run_as: str = ""
@@ -83,14 +101,15 @@ class Options:
     filtered: bool = True
 
 
-def parse(arguments: Sequence[str]) -> Options:
-    """Return the options after `socket`.
+def parse(arguments: Sequence[str], form: str = "socket") -> Options:
+    """Return the options after `socket` or `chardev`, which is the `form`.
 
     Raises:
         InvalidArgumentError: USAGE.
     """
+    short, own = _FORMS[form]
     try:
-        pairs, rest = getopt.gnu_getopt(list(arguments), _SHORT, _LONG)
+        pairs, rest = getopt.gnu_getopt(list(arguments), short, _BOTH + own)
     except getopt.GetoptError as error:
         raise refused(error.msg) from None
     if rest:
@@ -102,11 +121,6 @@ def parse(arguments: Sequence[str]) -> Options:
             return Options(action=action)
     if "--tpm2" not in given:
         raise refused("a TPM 1.2 was asked for; only TPM 2.0 is emulated", "give --tpm2")
-    if "--migration-key" in given:
-        raise refused(
-            "--migration-key is not supported: state leaves over the control channel as the TPM holds it",
-            "leave it out, and let the migration's transport encrypt (TLS)",
-        )
     flags = _fields("flags", given.get("--flags", ""), (), ("not-need-init", *_STARTUPS))
     if "startup-deactivated" in flags:
         raise refused("TPM 2 does not support startup deactivated.")
@@ -115,30 +129,39 @@ def parse(arguments: Sequence[str]) -> Options:
     if seccomp not in ("kill", "none"):
         raise refused(f"the seccomp action '{seccomp}' is not supported", "give action=kill or action=none")
     locality = _fields("locality", given.get("--locality", ""), (), ("reject-locality-4", "allow-set-locality"))
-    directory, state_mode = _state(given.get("--tpmstate"))
+    place, single_file, state_mode = _state(given.get("--tpmstate"))
     if "--print-states" in given:
-        return Options(action="--print-states", directory=directory)
+        return Options(action="--print-states", directory=place, single_file=single_file)
     pid = _fields("pid", given.get("--pid", ""), ("file", "fd"))
-    server, control = _server(given), _control(given)
-    if server is None and control is None:
+    control = _control(given)
+    device, proxy = _device(given) if form == "chardev" else (None, False)
+    server = _server(given) if form == "socket" else None
+    if form == "socket" and server is None and control is None:
         raise refused("nothing to serve", "give --server or --ctrl")
+    # The kernel begins to talk at once.
+    startups = startups or (["startup-clear"] if proxy else [])
     return Options(
-        directory=directory,
+        directory=place,
+        single_file=single_file,
         state_mode=state_mode,
+        device=device,
+        proxy=proxy,
         server=server,
         control=control,
-        need_init="not-need-init" not in flags and not any(name != "startup-none" for name in startups),
+        need_init="not-need-init" not in flags and not proxy and not any(name != "startup-none" for name in startups),
         startup=startups[-1] if startups else "startup-none",
         pid_file=str(Path(pid["file"]).absolute()) if "file" in pid else "",
         pid_fd=_number("pid", pid, "fd"),
         log=_fields("logging", given.get("--log", ""), ("file", "fd", "level", "prefix"), ("truncate",)),
-        key=_fields("key", given.get("--key", ""), ("file", "fd", "pwdfile", "pwdfd", "mode", "format", "remove", "kdf")),
+        key=_fields("key", given.get("--key", ""), _KEY),
+        migration_key=_fields("migration-key", given.get("--migration-key", ""), _KEY),
         daemon="--daemon" in given,
-        # A socket that is given connected is the only one there will be.
-        terminate="--terminate" in given or (server is not None and server.fd >= 0),
+        # What is given connected is the only one there will be.
+        terminate="--terminate" in given or form == "chardev" or (server is not None and server.fd >= 0),
         run_as=given.get("--runas", ""),
         reject_locality_4="reject-locality-4" in locality,
-        allow_set_locality="allow-set-locality" in locality,
+        # The kernel says so what locality it works at.
+        allow_set_locality="allow-set-locality" in locality or proxy,
         filtered=seccomp != "none",
     )
 
@@ -166,23 +189,56 @@ def _number(what: str, fields: Mapping[str, str], name: str, base: int = 10, def
     return value
 
 
-def _state(text: str | None) -> tuple[Path, int]:
+def _state(text: str | None) -> tuple[Path, bool, int]:
+    """Return the place, whether it is a file, and the mode."""
     if text is None:
         if "TPM_PATH" not in os.environ:
             raise refused("the directory of the TPM's state is not given", "give --tpmstate dir=…")
-        return Path(os.environ["TPM_PATH"]), 0o640
+        return Path(os.environ["TPM_PATH"]), False, 0o640
     fields = _fields("tpmstate", text, ("dir", "mode", "backend-uri"))
     mode = _number("tpmstate", fields, "mode", 8, 0o640)
     if "backend-uri" not in fields:
-        place = fields.get("dir", "")
-    elif fields["backend-uri"].startswith("dir://"):
-        place = fields["backend-uri"].removeprefix("dir://")
+        place, single_file = fields.get("dir", ""), False
     else:
-        raise refused(f"the state backend '{fields['backend-uri']}' is not supported", "give dir=… or backend-uri=dir://…")
+        place, single_file = state_place(fields["backend-uri"])
     if not place:
         raise refused("the directory of the TPM's state is not given", "give --tpmstate dir=…")
     # Absolute, as a daemon leaves the working directory.
-    return Path(place).absolute(), mode
+    return Path(place).absolute(), single_file, mode
+
+
+def state_place(uri: str) -> tuple[str, bool]:
+    """Return the path in a URI of swtpm's state backends, and whether it is a file's.
+
+    Raises:
+        InvalidArgumentError: USAGE.
+    """
+    for scheme, single_file in (("dir://", False), ("file://", True)):
+        if uri.startswith(scheme):
+            return uri.removeprefix(scheme), single_file
+    raise refused(f"the state backend '{uri}' is not supported", "give backend-uri=dir://… or backend-uri=file://…")
+
+
+def _device(given: Mapping[str, str]) -> tuple[str | int | None, bool]:
+    """Return the character device, and whether the kernel is to make it."""
+    if "--vtpm-proxy" in given:
+        if "--chardev" in given or "--fd" in given:
+            raise refused("Cannot use vTPM proxy with a provided device.")
+        return None, True
+    if "--chardev" in given:
+        return str(Path(given["--chardev"]).absolute()), False
+    if "--fd" not in given:
+        raise refused("Error: Missing character device or file descriptor", "give --chardev, --fd or --vtpm-proxy")
+    fd = _number("fd", given, "--fd")
+    if fd < 3:
+        raise refused("Error: Cannot accept file descriptors with values 0, 1, or 2")
+    try:
+        kind = os.fstat(fd).st_mode
+    except OSError as error:
+        raise refused(f"Cannot stat file descriptor {fd}: {error.strerror}") from None
+    if stat.S_ISREG(kind) or stat.S_ISDIR(kind) or stat.S_ISBLK(kind):
+        raise refused(f"Given file descriptor type is not supported: {fd} is a file, a directory or a block device")
+    return fd, False
 
 
 def _server(given: Mapping[str, str]) -> Address | None:

@@ -14,6 +14,7 @@ from typing import Final
 
 from vtpm.cli.dropin_control import Control, Tpm
 from vtpm.cli.dropin_data import DataChannel, RelayedData
+from vtpm.cli.dropin_device import Device, is_stream_socket
 from vtpm.cli.dropin_options import Address, Options, refused
 from vtpm.errors import EngineError
 from vtpm.tpm.ptm import CODE, ControlReader, Result
@@ -102,8 +103,10 @@ def _bind_port(address: Address) -> socket.socket:
 class Server:
     """Serves until the VM's end, the worker's end or a signal."""
 
-    def __init__(self, options: Options, tpm: Tpm, control: Control) -> None:
+    def __init__(self, options: Options, tpm: Tpm, control: Control, device: int = -1) -> None:
         self._options = options
+        # Of the form `chardev`.
+        self._device = device
         self._tpm = tpm
         self._control = control
         self._running = True
@@ -115,7 +118,8 @@ class Server:
         self._poller.register(tpm.pidfd, select.EPOLLIN)
         disconnect = options.server is not None and options.server.disconnect
         on_end = self._on_data_end
-        if options.allow_set_locality or disconnect:
+        relayed = device >= 0 and not is_stream_socket(device)
+        if options.allow_set_locality or disconnect or relayed:
             self._data: DataChannel = RelayedData(
                 control, self._poller, on_end, set_locality=options.allow_set_locality, disconnect=disconnect
             )
@@ -128,7 +132,9 @@ class Server:
     def listen(self) -> None:
         """Open the sockets; from now on clients may connect."""
         # The control channel last: most callers wait for it.
-        if self._options.server is not None:
+        if self._device >= 0:
+            self._data.take(socket.socket(fileno=self._device) if is_stream_socket(self._device) else Device(self._device))
+        elif self._options.server is not None:
             if self._options.server.fd >= 0:
                 self._data.take(socket.socket(fileno=self._options.server.fd))
             else:

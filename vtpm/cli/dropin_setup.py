@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from vtpm import __version__
-from vtpm.cli.dropin_options import refused
+from vtpm.cli.dropin_options import refused, state_place
 from vtpm.errors import VtpmError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ _FEATURES: Final = (
     "tpm2-rsa-keysize-3072",
 )
 _USAGE: Final = """\
-Usage: swtpm_setup --tpm2 --tpmstate <dir>|dir://<dir> [options]
+Usage: swtpm_setup --tpm2 --tpmstate <dir>|dir://<dir>|file://<file> [options]
 
 Makes a TPM 2.0 in the place of swtpm_setup (docs/dropin.md); the options are those of swtpm_setup(8):
 
@@ -108,9 +108,8 @@ class _Job:
         if "--tpmstate" not in given:
             raise refused("--tpm-state must be provided")
         place = given["--tpmstate"]
-        if place.startswith("file://"):
-            raise refused(f"the state backend '{place}' is not supported", "give a directory, or dir://…")
-        self._directory = Path(place.removeprefix("dir://")).absolute()
+        place, self._single_file = state_place(place) if "://" in place else (place, False)
+        self._directory = Path(place).absolute()
         self._create_ek = any(name in given for name in _NEEDS_EK)
         if "--reconfigure" in given and (self._create_ek or "--create-spk" in given):
             raise refused("Reconfiguration is not supported with creation of EK or certificates")
@@ -131,15 +130,19 @@ class _Job:
     def run(self) -> int:
         given = self._given
         from vtpm.cli import dropin_certs, dropin_make
+        from vtpm.cli.dropin_linear import StateFile
         from vtpm.cli.dropin_process import run_as
         from vtpm.cli.dropin_state import StateDirectory, read_key
         from vtpm.engine import sandbox
-        from vtpm.wire import swtpm_state  # noqa: F401  # before another user's rights may hide it
+        from vtpm.wire.swtpm_state import load_ciphers
 
         if given.get("--runas"):
+            # All modules are here before another user's rights may hide them.
+            load_ciphers()
             run_as(given["--runas"])
-        if not self._directory.is_dir():
-            raise refused(f"Cannot access directory {self._directory}. Make sure it exists and is a directory.")
+        needed = self._directory.parent if self._single_file else self._directory
+        if not needed.is_dir():
+            raise refused(f"Cannot access directory {needed}. Make sure it exists and is a directory.")
         if "--logfile" in given:
             try:
                 self._log_fd = os.open(given["--logfile"], os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o640)
@@ -148,7 +151,7 @@ class _Job:
         key = {_KEY_SOURCES[name]: value for name, value in given.items() if name in _KEY_SOURCES}
         if key:
             key["mode"] = given.get("--cipher", "aes-128-cbc")
-        state = StateDirectory(self._directory, key=read_key(key))
+        state = (StateFile if self._single_file else StateDirectory)(self._directory, key=read_key(key))
         sandbox.forbid_dumps()
         state.lock()
         reconfigure = "--reconfigure" in given

@@ -10,24 +10,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from vtpm.cli.swtpm_files import PERMANENT, VOLATILE
 from vtpm.errors import FailedPreconditionError, InvalidArgumentError
+from vtpm.wire import swtpm_state
+from vtpm.wire.swtpm_state import PERMANENT, VOLATILE
 
 _LOCK: Final = ".lock"
 _MAX_KEY_FILE_SIZE: Final = 4096
 _MODES: Final = {"aes-cbc": "aes-128-cbc", "aes-128-cbc": "aes-128-cbc", "aes-256-cbc": "aes-256-cbc"}
 
 
-def read_key(fields: Mapping[str, str]) -> bytes | None:
-    """Return the key that the fields of `--key` name; None without any."""
+def read_key(fields: Mapping[str, str], option: str = "--key") -> bytes | None:
+    """Return the key that the fields of `--key` or `--migration-key` name; None without any."""
     if not fields:
         return None
-    from vtpm.wire import swtpm_state
-    from vtpm.wire.swtpm_state import Kdf, KeyFormat, KeyMode
+    from vtpm.wire import swtpm_keys
+    from vtpm.wire.swtpm_keys import Kdf, KeyFormat, KeyMode
 
     sources = [name for name in ("file", "fd", "pwdfile", "pwdfd") if name in fields]
     if len(sources) != 1:
-        raise InvalidArgumentError("USAGE", "--key needs one of file, fd, pwdfile and pwdfd")
+        raise InvalidArgumentError("USAGE", f"{option} needs one of file, fd, pwdfile and pwdfd")
     source = sources[0]
     try:
         mode = KeyMode(_MODES[fields.get("mode", "aes-128-cbc")])
@@ -43,8 +44,8 @@ def read_key(fields: Mapping[str, str]) -> bytes | None:
     except OSError as error:
         raise InvalidArgumentError("FILE_UNREADABLE", f"Unable to open file {place}: {error.strerror}") from None
     if source.startswith("pwd"):
-        return swtpm_state.key_from_password(content, mode, kdf, subject=str(place))
-    return swtpm_state.key_from_file(content, mode, form, subject=str(place))
+        return swtpm_keys.key_from_password(content, mode, kdf, subject=str(place))
+    return swtpm_keys.key_from_file(content, mode, form, subject=str(place))
 
 
 class StateDirectory:
@@ -92,9 +93,7 @@ class StateDirectory:
         """
         payload = self._read(PERMANENT)
         if payload is not None:
-            from vtpm.wire import swtpm_state
-
-            swtpm_state.check_permanent(payload, subject=str(self._directory / PERMANENT))
+            swtpm_state.check_permanent(payload, subject=self._subject(PERMANENT))
         return payload
 
     def read_volatile(self) -> bytes | None:
@@ -102,16 +101,13 @@ class StateDirectory:
         return self._read(VOLATILE)
 
     def _read(self, name: str) -> bytes | None:
-        path = self._directory / name
         try:
-            data = path.read_bytes()
-        except FileNotFoundError:
-            return None
+            data = self._load(name)
         except OSError as error:
-            raise InvalidArgumentError("FILE_UNREADABLE", f"can't be read: {error.strerror}", subject=str(path)) from None
-        from vtpm.wire import swtpm_state
-
-        return swtpm_state.parse(data, self._key, subject=str(path))
+            raise InvalidArgumentError(
+                "FILE_UNREADABLE", f"can't be read: {error.strerror}", subject=self._subject(name)
+            ) from None
+        return None if data is None else swtpm_state.parse(data, self._key, subject=self._subject(name))
 
     def write(self, state: bytes) -> None:
         """Make the permanent state durable, as one step."""
@@ -129,36 +125,16 @@ class StateDirectory:
         """The same for the volatile state of a TPM that goes to sleep."""
         self._write(VOLATILE, state)
 
+    def _write(self, name: str, state: bytes) -> None:
+        self._store(name, swtpm_state.build(state, self._key))
+
+    # ---- where the states are --------------------------------------------------------------------------------------------
+
     def drop_volatile(self) -> None:
         """Forget the volatile state durably: it is used once (invariant 2)."""
         with contextlib.suppress(FileNotFoundError):
             (self._directory / VOLATILE).unlink()
-            self._sync()
-
-    def _write(self, name: str, state: bytes) -> None:
-        from vtpm.wire import swtpm_state
-
-        data = swtpm_state.build(state, self._key)
-        # One name, so that a crash leaves at most one; nobody else writes here, the lock sees to that.
-        temporary = self._directory / f"TMP-{name}"
-        file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, self._mode)
-        try:
-            os.fchmod(file, self._mode)
-            os.write(file, data)
-            os.fsync(file)
-            if os.fstat(file).st_size != len(data):
-                raise OSError("the disk is full")
-        finally:
-            os.close(file)
-        temporary.replace(self._directory / name)
-        self._sync()
-
-    def _sync(self) -> None:
-        opened = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(opened)
-        finally:
-            os.close(opened)
+            sync_directory(self._directory)
 
     def sizes(self) -> dict[str, int]:
         """Return what `--print-states` tells: swtpm's names of the states that are there, with the sizes of their files."""
@@ -166,3 +142,48 @@ class StateDirectory:
         return {
             name: (self._directory / file).stat().st_size for name, file in names.items() if (self._directory / file).exists()
         }
+
+    def _subject(self, name: str) -> str:
+        return str(self._directory / name)
+
+    def _load(self, name: str) -> bytes | None:
+        try:
+            return (self._directory / name).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def _store(self, name: str, data: bytes) -> None:
+        os.close(replace(self._directory / name, data, self._mode))
+
+
+def replace(path: Path, data: bytes, mode: int, *, lock: bool = False) -> int:
+    """Put a file in the place of another, durably and as one step; return its open descriptor.
+
+    With `lock` it is locked before anybody else can open it.
+    """
+    # One name, so that a crash leaves at most one; nobody else writes here, the lock sees to that.
+    temporary = path.with_name(f"TMP-{path.name}")
+    file = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+    try:
+        if lock:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.fchmod(file, mode)
+        os.write(file, data)
+        os.fsync(file)
+        if os.fstat(file).st_size != len(data):
+            raise OSError("the disk is full")
+        temporary.replace(path)
+        sync_directory(path.parent)
+    except BaseException:
+        os.close(file)
+        raise
+    return file
+
+
+def sync_directory(directory: Path) -> None:
+    """Make the names in a directory durable."""
+    opened = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)

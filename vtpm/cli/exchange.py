@@ -23,12 +23,13 @@ from vtpm.cli.client import Client
 from vtpm.cli.context import NameArgument, OutputOption, connected, describe, say
 from vtpm.cli.instances import LabelOption, create_one, parse_labels
 from vtpm.cli.output import Format
-from vtpm.cli.swtpm_files import PERMANENT, VOLATILE, KeySource, locked, prepare, read_state, state_directory, write_state
+from vtpm.cli.swtpm_files import KeySource, locked, prepare, read_state, state_directory, write_state
 from vtpm.errors import FailedPreconditionError, SealedStateError, UnavailableError, VtpmError
 from vtpm.tpm.ptm import BlobType, Result, migration_blob
 from vtpm.wire import swtpm_state
 from vtpm.wire.control_client import ControlClient, ControlCommandError
-from vtpm.wire.swtpm_state import Kdf, KeyFormat, KeyMode
+from vtpm.wire.swtpm_keys import Kdf, KeyFormat, KeyMode
+from vtpm.wire.swtpm_state import PERMANENT, VOLATILE
 
 _ENGINE: Final = "libtpms"
 _OFF_TIMEOUT_S: Final = 10.0

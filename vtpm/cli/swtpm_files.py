@@ -14,11 +14,10 @@ from typing import Final
 
 from vtpm.errors import AlreadyExistsError, FailedPreconditionError, InvalidArgumentError, NotFoundError
 from vtpm.tpm.ptm import MAX_STATE_SIZE
-from vtpm.wire import swtpm_state
-from vtpm.wire.swtpm_state import Kdf, KeyFormat, KeyMode
+from vtpm.wire import swtpm_keys, swtpm_state
+from vtpm.wire.swtpm_keys import Kdf, KeyFormat, KeyMode
+from vtpm.wire.swtpm_state import PERMANENT, VOLATILE
 
-PERMANENT: Final = "tpm2-00.permall"
-VOLATILE: Final = "tpm2-00.volatilestate"
 _TPM_1_2: Final = "tpm-00.permall"
 _LIBVIRT: Final = "tpm2"
 _LOCK: Final = ".lock"
@@ -40,10 +39,10 @@ class KeySource:
             raise InvalidArgumentError("USAGE", "give --key-file or --password-file, not both")
         if self.key_file is not None:
             content = _read(self.key_file, _MAX_KEY_FILE_SIZE)
-            return swtpm_state.key_from_file(content, mode, self.key_format, subject=str(self.key_file))
+            return swtpm_keys.key_from_file(content, mode, self.key_format, subject=str(self.key_file))
         if self.password_file is not None:
             content = _read(self.password_file, _MAX_KEY_FILE_SIZE)
-            return swtpm_state.key_from_password(content, mode, self.kdf, subject=str(self.password_file))
+            return swtpm_keys.key_from_password(content, mode, self.kdf, subject=str(self.password_file))
         return None
 
 

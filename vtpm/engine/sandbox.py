@@ -15,8 +15,7 @@ import signal
 from collections.abc import Iterator
 from typing import Any, Final
 
-import pyseccomp
-
+from vtpm.engine.seccomp import pyseccomp
 from vtpm.errors import EngineError
 
 _PR_SET_PDEATHSIG: Final = 1

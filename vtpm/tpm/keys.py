@@ -6,13 +6,13 @@ import enum
 import hashlib
 import struct
 from dataclasses import dataclass
-from typing import Final
-
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from typing import TYPE_CHECKING, Final
 
 from vtpm.errors import InvalidArgumentError
 from vtpm.tpm.codes import AlgId, EccCurve
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 
 class KeyAlgorithm(enum.StrEnum):
@@ -228,6 +228,9 @@ def public_key(tpmt_public: bytes) -> rsa.RSAPublicKey | ec.EllipticCurvePublicK
     Raises:
         InvalidArgumentError: PUBLIC_AREA_INVALID; also where the numbers are no key.
     """
+    # Not at the top: a worker never needs it, and its start does not wait for it.
+    from cryptography.hazmat.primitives.asymmetric import ec, rsa
+
     area = parse_public(tpmt_public)
     try:
         if area.kind is AlgId.RSA:
@@ -252,6 +255,8 @@ def public_pem(tpmt_public: bytes) -> str:
     Raises:
         InvalidArgumentError: PUBLIC_AREA_INVALID.
     """
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
     return public_key(tpmt_public).public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
 
 

@@ -2,27 +2,27 @@
 
 A state file (`tpm2-00.permall`) holds libtpms' state in a plain record, or encrypted with the key of swtpm's `--key`:
 AES-CBC, then HMAC-SHA256 with the same key over ciphertext and IV. A state blob, as GET_STATEBLOB and SET_STATEBLOB carry
-it, wraps such records in one of migration data. All that is parsed here is unverified: a plain file has no checksum.
+it, wraps such records in one of migration data, or encrypts them once more in the same way with the key of swtpm's
+`--migration-key`. All that is parsed here is unverified: a plain file has no checksum.
 Nothing in this module puts state or key bytes into an error.
 """
 
 from __future__ import annotations
 
 import enum
-import hashlib
 import hmac
 import os
-import re
 import struct
 from collections.abc import Mapping
 from typing import Final
 
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-from cryptography.hazmat.primitives.padding import PKCS7
-
 from vtpm.errors import InvalidArgumentError, SealedStateError
 from vtpm.tpm.ptm import MAX_STATE_SIZE
+from vtpm.wire.swtpm_keys import KeyMode
 
+# swtpm's names of the files in a state directory.
+PERMANENT: Final = "tpm2-00.permall"
+VOLATILE: Final = "tpm2-00.volatilestate"
 # version, min_version, size of this header, flags, size of all.
 _HEADER: Final = struct.Struct(">BBHHI")
 _RECORD: Final = struct.Struct(">HI")
@@ -32,9 +32,6 @@ _MIN_VERSION: Final = 1
 _PERMANENT: Final = struct.Struct(">HIH")
 _PERMANENT_MAGIC: Final = 0xAB364723
 _AES_BLOCK_SIZE: Final = 16
-_PBKDF2_SALT: Final = b"swtpm"
-_PBKDF2_ITERATIONS: Final = 1000
-_HEX_KEY: Final = re.compile(rb"(?:0x)?([0-9A-Fa-f]+)(?:\s.*)?", re.DOTALL)
 _REWRITE: Final = "let a current swtpm write it anew: start swtpm with it, power the TPM on and off, try again"
 _DAMAGED: Final = "take the state from a backup; nothing was changed"
 
@@ -57,30 +54,12 @@ class _Flag(enum.IntFlag):
     MIGRATION_KEY_256_BIT = 0x10
 
 
-class KeyMode(enum.StrEnum):
-    """`mode=` of swtpm's `--key`."""
-
-    AES_128_CBC = "aes-128-cbc"
-    AES_256_CBC = "aes-256-cbc"
-
-    @property
-    def key_size(self) -> int:
-        """Size of the key in bytes."""
-        return 16 if self is KeyMode.AES_128_CBC else 32
-
-
-class KeyFormat(enum.StrEnum):
-    """`format=` of swtpm's `--key`."""
-
-    HEX = "hex"
-    BINARY = "binary"
-
-
-class Kdf(enum.StrEnum):
-    """`kdf=` of swtpm's `--key`."""
-
-    PBKDF2 = "pbkdf2"
-    SHA512 = "sha512"
+_BLOB_FLAGS: Final = (
+    _Flag.ENCRYPTED | _Flag.MIGRATION_ENCRYPTED | _Flag.MIGRATION_DATA | _Flag.KEY_256_BIT | _Flag.MIGRATION_KEY_256_BIT
+)
+# The record of ciphertext and that of its IV, in a file and in what is migrated.
+_OF_FILE: Final = (_Tag.ENCRYPTED_DATA, _Tag.IV)
+_OF_MIGRATION: Final = (_Tag.ENCRYPTED_MIGRATION_DATA, _Tag.MIGRATION_IV)
 
 
 _FILE_MODES: Final[Mapping[int, KeyMode | None]] = {
@@ -90,40 +69,9 @@ _FILE_MODES: Final[Mapping[int, KeyMode | None]] = {
 }
 
 
-def key_from_file(content: bytes, mode: KeyMode, form: KeyFormat, *, subject: str = "") -> bytes:
-    """Return the key that a key file holds, as swtpm reads it.
-
-    Raises:
-        InvalidArgumentError: SWTPM_KEY_INVALID.
-    """
-    key = content
-    if form is KeyFormat.HEX:
-        match = _HEX_KEY.fullmatch(content)
-        key = bytes.fromhex(match[1].decode()) if match and len(match[1]) % 2 == 0 else b""
-    # swtpm takes a binary key of 16 bytes for aes-256-cbc as well and encrypts with 128 bits; the file's header then says so.
-    if len(key) != mode.key_size:
-        raise InvalidArgumentError(
-            "SWTPM_KEY_INVALID",
-            f"the key file does not hold {mode.key_size} bytes in {form.value} form, as {mode.value} needs",
-            subject=subject,
-            remedy="name the form that swtpm was given, with --key-format hex or binary, and the mode with --mode",
-        )
-    return key
-
-
-def key_from_password(content: bytes, mode: KeyMode, kdf: Kdf, *, subject: str = "") -> bytes:
-    """Return the key that swtpm derives from a password file; all its bytes count, a line's end too.
-
-    Raises:
-        InvalidArgumentError: SWTPM_KEY_INVALID.
-    """
-    if not content:
-        raise InvalidArgumentError(
-            "SWTPM_KEY_INVALID", "the password file is empty", subject=subject, remedy="name the file that swtpm was given"
-        )
-    if kdf is Kdf.SHA512:
-        return hashlib.sha512(content).digest()[: mode.key_size]
-    return hashlib.pbkdf2_hmac("sha512", content, _PBKDF2_SALT, _PBKDF2_ITERATIONS, mode.key_size)
+def load_ciphers() -> None:
+    """Load the modules that encrypted states need, for who may not be able to later."""
+    from cryptography.hazmat.primitives import ciphers, padding  # noqa: F401
 
 
 def mode_of(data: bytes, *, subject: str = "") -> KeyMode | None:
@@ -160,43 +108,86 @@ def parse(data: bytes, key: bytes | None = None, *, subject: str = "") -> bytes:
             subject=subject,
             remedy="give the key that swtpm's --key was given: --key-file FILE or --password-file FILE",
         )
-    return _decrypt(_records(data[_HEADER.size :], subject), key, mode, subject)
+    return _decrypt(_records(data[_HEADER.size :], subject), key, mode, _OF_FILE, subject)
 
 
 def build(payload: bytes, key: bytes | None = None) -> bytes:
     """Return a state file with libtpms' state, encrypted if a key of 16 or 32 bytes is given."""
     if key is None:
         return _with_header(_Flag(0), _record(_Tag.DATA, payload))
-    if len(key) not in (16, 32):
-        raise InvalidArgumentError("SWTPM_KEY_INVALID", "a key has 16 or 32 bytes", remedy="give a key of that size")
-    # swtpm pads to the size of the key and stores an IV of that size, of which AES uses the first 16 bytes.
-    iv = os.urandom(len(key))
-    padder = PKCS7(len(key) * 8).padder()
-    encryptor = Cipher(algorithms.AES(key), modes.CBC(iv[:_AES_BLOCK_SIZE])).encryptor()
-    ciphertext = encryptor.update(padder.update(payload) + padder.finalize()) + encryptor.finalize()
-    records = _record(_Tag.ENCRYPTED_DATA, ciphertext) + _record(_Tag.HMAC, _mac(key, ciphertext, iv)) + _record(_Tag.IV, iv)
-    return _with_header(_Flag.ENCRYPTED | (_Flag.KEY_256_BIT if len(key) == 32 else _Flag(0)), records)
+    flags = _Flag.ENCRYPTED | (_Flag.KEY_256_BIT if len(key) == 32 else _Flag(0))
+    return _with_header(flags, _encrypt(payload, key, _OF_FILE))
+
+
+def build_blob(payload: bytes, key: bytes | None = None, migration_key: bytes | None = None) -> bytes:
+    """Return a state blob with libtpms' state, as GET_STATEBLOB gives it.
+
+    Encrypted with `key` if the state was not asked for decrypted, and with `migration_key` around it.
+    """
+    flags = _Flag.MIGRATION_DATA
+    records = _record(_Tag.DATA, payload)
+    if key is not None:
+        flags |= _Flag.ENCRYPTED | (_Flag.KEY_256_BIT if len(key) == 32 else _Flag(0))
+        records = _encrypt(payload, key, _OF_FILE)
+    if migration_key is None:
+        return _with_header(flags, _record(_Tag.MIGRATION_DATA, records))
+    flags |= _Flag.MIGRATION_ENCRYPTED | (_Flag.MIGRATION_KEY_256_BIT if len(migration_key) == 32 else _Flag(0))
+    return _with_header(flags, _encrypt(records, migration_key, _OF_MIGRATION))
+
+
+def is_whole(blob: bytes) -> bool:
+    """Whether a blob has the length that its header says."""
+    return len(blob) >= _HEADER.size and _HEADER.unpack_from(blob)[4] == len(blob)
+
+
+def is_encrypted(blob: bytes) -> bool:
+    """Whether a blob's header says that it is encrypted; False if it is none."""
+    if len(blob) < _HEADER.size:
+        return False
+    return bool(_HEADER.unpack_from(blob)[3] & (_Flag.ENCRYPTED | _Flag.MIGRATION_ENCRYPTED))
+
+
+def open_blob(
+    blob: bytes, key: bytes | None, migration_key: bytes | None, *, encrypted: bool = False, subject: str = ""
+) -> bytes:
+    """Return libtpms' state out of a blob of GET_STATEBLOB or SET_STATEBLOB, with the keys that it is encrypted with.
+
+    As with swtpm, a blob that was not encrypted is taken whatever keys there are; `encrypted` is what SET_STATEBLOB says of it.
+
+    Raises:
+        SealedStateError: SWTPM_STATE_INVALID, SWTPM_STATE_VERSION_UNSUPPORTED, SWTPM_STATE_NOT_AUTHENTIC.
+        InvalidArgumentError: SWTPM_STATE_TOO_LARGE, SWTPM_STATE_ENCRYPTED, SWTPM_KEY_INVALID.
+    """
+    flags = _header(blob, subject)
+    if not flags & _Flag.MIGRATION_DATA or flags & ~_BLOB_FLAGS:
+        raise _invalid(f"flags 0x{flags:x} are not those of migration data", subject)
+    records = _records(blob[_HEADER.size :], subject)
+    if flags & _Flag.MIGRATION_ENCRYPTED:
+        mode = KeyMode.AES_256_CBC if flags & _Flag.MIGRATION_KEY_256_BIT else KeyMode.AES_128_CBC
+        inner = _decrypt(records, _wanted(migration_key, "--migration-key", subject), mode, _OF_MIGRATION, subject)
+    else:
+        inner = _only(records, _Tag.MIGRATION_DATA, subject)
+    records = _records(inner, subject)
+    if encrypted or flags & _Flag.ENCRYPTED:
+        mode = KeyMode.AES_256_CBC if flags & _Flag.KEY_256_BIT else KeyMode.AES_128_CBC
+        return _decrypt(records, _wanted(key, "--key", subject), mode, _OF_FILE, subject)
+    return _only(records, _Tag.DATA, subject)
+
+
+def _wanted(key: bytes | None, option: str, subject: str) -> bytes:
+    if key is None:
+        raise InvalidArgumentError(
+            "SWTPM_STATE_ENCRYPTED",
+            f"the state blob is encrypted with the key of {option}",
+            subject=subject,
+            remedy=f"give {option} as where the blob comes from",
+        )
+    return key
 
 
 def payload_of(blob: bytes, *, subject: str = "") -> bytes:
-    """Return libtpms' state out of a blob of GET_STATEBLOB or SET_STATEBLOB.
-
-    Raises:
-        SealedStateError: SWTPM_STATE_INVALID, SWTPM_STATE_VERSION_UNSUPPORTED.
-        InvalidArgumentError: SWTPM_STATE_TOO_LARGE, SWTPM_STATE_ENCRYPTED.
-    """
-    flags = _header(blob, subject)
-    if flags & (_Flag.ENCRYPTED | _Flag.MIGRATION_ENCRYPTED):
-        raise InvalidArgumentError(
-            "SWTPM_STATE_ENCRYPTED",
-            "the state blob is encrypted with a key of swtpm's --key or --migration-key",
-            subject=subject,
-            remedy="start swtpm without --migration-key, and ask it for decrypted state",
-        )
-    if flags != _Flag.MIGRATION_DATA:
-        raise _invalid(f"flags 0x{flags:x} are not those of migration data", subject)
-    outer = _only(_records(blob[_HEADER.size :], subject), _Tag.MIGRATION_DATA, subject)
-    return _only(_records(outer, subject), _Tag.DATA, subject)
+    """The same for a blob that is not encrypted."""
+    return open_blob(blob, None, None, subject=subject)
 
 
 def check_permanent(payload: bytes, *, subject: str = "") -> None:
@@ -275,19 +266,35 @@ def _only(records: Mapping[int, bytes], tag: _Tag, subject: str) -> bytes:
     return records[tag]
 
 
-def _decrypt(records: Mapping[int, bytes], key: bytes, mode: KeyMode, subject: str) -> bytes:
+def _encrypt(payload: bytes, key: bytes, tags: tuple[_Tag, _Tag]) -> bytes:
+    """Return the records of ciphertext, MAC and IV."""
+    if len(key) not in (16, 32):
+        raise InvalidArgumentError("SWTPM_KEY_INVALID", "a key has 16 or 32 bytes", remedy="give a key of that size")
+    # swtpm pads to the size of the key and stores an IV of that size, of which AES uses the first 16 bytes.
+    iv = os.urandom(len(key))
+    # Most states are plain, and this takes long to load.
+    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+    from cryptography.hazmat.primitives.padding import PKCS7
+
+    padder = PKCS7(len(key) * 8).padder()
+    encryptor = Cipher(algorithms.AES(key), modes.CBC(iv[:_AES_BLOCK_SIZE])).encryptor()
+    ciphertext = encryptor.update(padder.update(payload) + padder.finalize()) + encryptor.finalize()
+    return _record(tags[0], ciphertext) + _record(_Tag.HMAC, _mac(key, ciphertext, iv)) + _record(tags[1], iv)
+
+
+def _decrypt(records: Mapping[int, bytes], key: bytes, mode: KeyMode, tags: tuple[_Tag, _Tag], subject: str) -> bytes:
     if len(key) != mode.key_size:
         raise InvalidArgumentError(
             "SWTPM_KEY_INVALID",
             f"the state is encrypted with {mode.value}, the key has {len(key) * 8} bits",
             subject=subject,
-            remedy=f"give the key of swtpm's --key …,mode={mode.value}",
+            remedy=f"give the key that swtpm was given with mode={mode.value}",
         )
     # A file without an IV, which swtpm would read, is refused: the MAC covers ciphertext and IV without a mark between them, so
     # that an IV could be passed off as the last of the ciphertext.
-    if set(records) != {_Tag.ENCRYPTED_DATA, _Tag.HMAC, _Tag.IV}:
+    if set(records) != {_Tag.HMAC, *tags}:
         raise _invalid(f"records {sorted(records)} instead of ciphertext, MAC and IV", subject)
-    ciphertext, iv = records[_Tag.ENCRYPTED_DATA], records[_Tag.IV]
+    ciphertext, iv = records[tags[0]], records[tags[1]]
     if len(iv) != len(key) or not ciphertext or len(ciphertext) % len(key):
         raise _invalid("IV or ciphertext are of an impossible size", subject)
     if not hmac.compare_digest(_mac(key, ciphertext, iv), records[_Tag.HMAC]):
@@ -297,6 +304,9 @@ def _decrypt(records: Mapping[int, bytes], key: bytes, mode: KeyMode, subject: s
             subject=subject,
             remedy="give the key (and for a password the --kdf) that swtpm was given, or take the state from a backup",
         )
+    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+    from cryptography.hazmat.primitives.padding import PKCS7
+
     decryptor = Cipher(algorithms.AES(key), modes.CBC(iv[:_AES_BLOCK_SIZE])).decryptor()
     unpadder = PKCS7(len(key) * 8).unpadder()
     try:

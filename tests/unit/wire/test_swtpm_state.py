@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from vtpm.errors import InvalidArgumentError, SealedStateError, VtpmError
 from vtpm.tpm.ptm import MAX_STATE_SIZE, migration_blob
-from vtpm.wire import swtpm_state
-from vtpm.wire.swtpm_state import Kdf, KeyFormat, KeyMode
+from vtpm.wire import swtpm_keys, swtpm_state
+from vtpm.wire.swtpm_keys import Kdf, KeyFormat, KeyMode
 
 KEY_128, KEY_256 = bytes(range(16)), bytes(range(32))
 # As libtpms begins a TPM 2.0's permanent state.
@@ -275,12 +275,12 @@ def test_only_a_tpm_2_0s_permanent_state_passes() -> None:
 @pytest.mark.parametrize(("mode", "key"), [(KeyMode.AES_128_CBC, KEY_128), (KeyMode.AES_256_CBC, KEY_256)])
 def test_a_hex_key_is_read_as_swtpm_reads_it(text: str, mode: KeyMode, key: bytes) -> None:
     content = text.format(key.hex().upper()).encode()
-    assert swtpm_state.key_from_file(content, mode, KeyFormat.HEX) == key
+    assert swtpm_keys.key_from_file(content, mode, KeyFormat.HEX) == key
 
 
 def test_a_binary_key_is_the_file() -> None:
-    assert swtpm_state.key_from_file(KEY_256, KeyMode.AES_256_CBC, KeyFormat.BINARY) == KEY_256
-    assert swtpm_state.key_from_file(KEY_128, KeyMode.AES_128_CBC, KeyFormat.BINARY) == KEY_128
+    assert swtpm_keys.key_from_file(KEY_256, KeyMode.AES_256_CBC, KeyFormat.BINARY) == KEY_256
+    assert swtpm_keys.key_from_file(KEY_128, KeyMode.AES_128_CBC, KeyFormat.BINARY) == KEY_128
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,7 @@ def test_a_binary_key_is_the_file() -> None:
 )
 def test_a_key_file_that_does_not_hold_a_key_is_refused(content: bytes, form: KeyFormat) -> None:
     with pytest.raises(InvalidArgumentError) as caught:
-        swtpm_state.key_from_file(content, KeyMode.AES_256_CBC, form, subject="key")
+        swtpm_keys.key_from_file(content, KeyMode.AES_256_CBC, form, subject="key")
     assert caught.value.reason == "SWTPM_KEY_INVALID"
     assert not content or content.hex() not in str(caught.value)
 
@@ -311,12 +311,12 @@ def test_a_key_file_that_does_not_hold_a_key_is_refused(content: bytes, form: Ke
 def test_a_password_gives_swtpms_key(mode: KeyMode) -> None:
     password = b"a secret\n"
     pbkdf2 = hashlib.pbkdf2_hmac("sha512", password, b"swtpm", 1000, mode.key_size)
-    assert swtpm_state.key_from_password(password, mode, Kdf.PBKDF2) == pbkdf2
-    assert swtpm_state.key_from_password(password, mode, Kdf.SHA512) == hashlib.sha512(password).digest()[: mode.key_size]
+    assert swtpm_keys.key_from_password(password, mode, Kdf.PBKDF2) == pbkdf2
+    assert swtpm_keys.key_from_password(password, mode, Kdf.SHA512) == hashlib.sha512(password).digest()[: mode.key_size]
 
 
 def test_an_empty_password_is_refused() -> None:
-    assert reason_of(lambda: swtpm_state.key_from_password(b"", KeyMode.AES_256_CBC, Kdf.PBKDF2)) == "SWTPM_KEY_INVALID"
+    assert reason_of(lambda: swtpm_keys.key_from_password(b"", KeyMode.AES_256_CBC, Kdf.PBKDF2)) == "SWTPM_KEY_INVALID"
 
 
 @settings(deadline=None)
@@ -327,7 +327,7 @@ def test_no_error_shows_a_key_or_state(key: bytes, payload: bytes) -> None:
     for function in (
         lambda: swtpm_state.parse(damaged, key),
         lambda: swtpm_state.parse(swtpm_state.build(payload), key),
-        lambda: swtpm_state.key_from_file(key.hex().encode() + b"0", KeyMode.AES_256_CBC, KeyFormat.HEX),
+        lambda: swtpm_keys.key_from_file(key.hex().encode() + b"0", KeyMode.AES_256_CBC, KeyFormat.HEX),
         lambda: swtpm_state.check_permanent(b"\0" + payload),
     ):
         with pytest.raises(VtpmError) as caught:

@@ -1,0 +1,161 @@
+"""swtpm's states in one file (`backend-uri=file://…`): a header in little-endian with up to 15 sections, then the sections.
+
+Section 0 is the permanent state and section 1 the volatile state, each in the format of a state file. swtpm writes in place;
+here a whole new file takes the place of the old one, so that a crash leaves either.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+import struct
+from pathlib import Path
+from typing import Final
+
+from vtpm.cli.dropin_state import StateDirectory, replace
+from vtpm.errors import FailedPreconditionError, InvalidArgumentError, SealedStateError
+from vtpm.tpm.ptm import MAX_STATE_SIZE
+from vtpm.wire.swtpm_state import PERMANENT, VOLATILE
+
+_MAGIC: Final = 0x737774706D6C696E
+_VERSION: Final = 1
+_SECTIONS: Final = 15
+# Magic, version, padding, size of the header; then offset (0: no such section), length of data, length of section, each.
+_HEAD: Final = struct.Struct("<QBxH")
+_SECTION: Final = struct.Struct("<III")
+_HEADER_SIZE: Final = _HEAD.size + _SECTIONS * _SECTION.size
+_NUMBERS: Final = {PERMANENT: 0, VOLATILE: 1}
+_MAX_SIZE: Final = _HEADER_SIZE + _SECTIONS * 2 * MAX_STATE_SIZE
+_LOCK_TRIES: Final = 100
+
+
+class StateFile(StateDirectory):
+    """The states in `path`; see StateDirectory. Their other sections, which swtpm does not use, are kept as they are."""
+
+    def __init__(self, path: Path, mode: int = 0o640, key: bytes | None = None) -> None:
+        # A name that points elsewhere stays one: the file that it points to is replaced.
+        super().__init__(Path(os.path.realpath(path)), mode, key)
+
+    def lock(self) -> None:
+        """Keep every other one of ours, and every swtpm that locks, away from this file, for the life of this process.
+
+        Raises:
+            InvalidArgumentError: FILE_UNWRITABLE.
+            FailedPreconditionError: SWTPM_RUNNING.
+        """
+        for _ in range(_LOCK_TRIES):
+            try:
+                file = os.open(
+                    self._directory, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, self._mode
+                )
+            except OSError as error:
+                raise InvalidArgumentError(
+                    "FILE_UNWRITABLE", f"can't be used: {error.strerror}", subject=str(self._directory)
+                ) from None
+            if not stat.S_ISREG(os.fstat(file).st_mode):
+                os.close(file)
+                raise InvalidArgumentError(
+                    "FILE_UNWRITABLE",
+                    "this is no regular file; a device can't be written as one step",
+                    subject=str(self._directory),
+                    remedy="give a file, or a directory with dir://…",
+                )
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                os.close(file)
+                raise FailedPreconditionError(
+                    "SWTPM_RUNNING",
+                    "Could not lock access to the state file: another TPM is running on it",
+                    subject=str(self._directory),
+                    remedy="end it first",
+                ) from None
+            if os.path.samestat(os.fstat(file), self._directory.stat()):
+                self._lock_fd = file
+                return
+            # It was replaced between the two, by one that has ended meanwhile.
+            os.close(file)
+        raise FailedPreconditionError("SWTPM_RUNNING", "another TPM is running on it", subject=str(self._directory))
+
+    def drop_volatile(self) -> None:
+        """See StateDirectory."""
+        sections = self._sections()
+        if sections.pop(_NUMBERS[VOLATILE], None) is not None:
+            self._replace(sections)
+
+    def sizes(self) -> dict[str, int]:
+        """See StateDirectory."""
+        sections = self._sections()
+        names = {"permall": PERMANENT, "volatilestate": VOLATILE}
+        return {name: len(sections[_NUMBERS[file]]) for name, file in names.items() if _NUMBERS[file] in sections}
+
+    def _subject(self, name: str) -> str:
+        return f"{self._directory} ({name})"
+
+    def _load(self, name: str) -> bytes | None:
+        return self._sections().get(_NUMBERS[name])
+
+    def _store(self, name: str, data: bytes) -> None:
+        sections = self._sections()
+        sections[_NUMBERS[name]] = data
+        self._replace(sections)
+
+    def _replace(self, sections: dict[int, bytes]) -> None:
+        file = replace(self._directory, _build(sections), self._mode, lock=True)
+        # Only now: the lock on the old file kept others from beginning on it.
+        os.close(self._lock_fd)
+        self._lock_fd = file
+
+    def _sections(self) -> dict[int, bytes]:
+        try:
+            data = os.pread(self._lock_fd, _MAX_SIZE, 0) if self._lock_fd >= 0 else self._directory.read_bytes()
+        except FileNotFoundError:
+            return {}
+        return _parse(data, str(self._directory))
+
+
+def _parse(data: bytes, subject: str) -> dict[int, bytes]:
+    if not data.strip(b"\0"):
+        # swtpm makes one out of it, too.
+        return {}
+    if len(data) < _HEADER_SIZE:
+        raise _invalid("it is shorter than its header", subject)
+    magic, version, header_size = _HEAD.unpack_from(data)
+    if magic != _MAGIC or header_size != _HEADER_SIZE:
+        # swtpm would format it.
+        raise _invalid("it does not begin as one", subject)
+    if version > _VERSION:
+        raise _invalid(f"version {version} is not known", subject)
+    found = {}
+    for number in range(_SECTIONS):
+        offset, length, room = _SECTION.unpack_from(data, _HEAD.size + number * _SECTION.size)
+        if not offset:
+            continue
+        if offset < _HEADER_SIZE or length > room or offset + length > len(data):
+            raise _invalid(f"section {number} is not in the file", subject)
+        found[number] = data[offset : offset + length]
+    return found
+
+
+def _build(sections: dict[int, bytes]) -> bytes:
+    header, body = bytearray(_HEAD.pack(_MAGIC, _VERSION, _HEADER_SIZE)), bytearray()
+    for number in range(_SECTIONS):
+        data = sections.get(number)
+        if data is None:
+            header += bytes(_SECTION.size)
+            continue
+        # As swtpm leaves room to grow in: the next power of two.
+        room = 1 << max(len(data) - 1, 0).bit_length()
+        header += _SECTION.pack(_HEADER_SIZE + len(body), len(data), room)
+        body += data + bytes(room - len(data))
+    return bytes(header + body)
+
+
+def _invalid(what: str, subject: str) -> SealedStateError:
+    return SealedStateError(
+        "SWTPM_STATE_INVALID",
+        f"this is no sound state file of swtpm's: {what}",
+        subject=subject,
+        remedy="take the state from a backup; nothing was changed",
+    )
