@@ -30,6 +30,8 @@ from vtpm.engine.stats import BUCKETS_NS
 from vtpm.engine.worker_engine import worker_engines
 from vtpm.engine.workers import Workers
 from vtpm.errors import ConfigError, VtpmError
+from vtpm.instance.anchors import open_freshness
+from vtpm.instance.durability import Durability
 from vtpm.instance.lifecycle import Lifecycle
 from vtpm.instance.manager import InstanceManager
 from vtpm.instance.sockets import InstanceSockets
@@ -82,6 +84,9 @@ class Daemon:
                 options=settings.key_provider_options,
                 create=store.is_empty(),
             )
+            freshness = open_freshness(settings, store, keys)
+            # After the last commit, before the store closes.
+            stack.push_async_callback(freshness.close)
             committer = Committer(store.commit, lambda report: _observe(metrics, report))
             stack.callback(committer.close)
             workers = Workers(
@@ -104,6 +109,9 @@ class Daemon:
             )
             stack.push_async_callback(lifecycle.close)
             await lifecycle.recover()
+            await freshness.begin(lifecycle)
+            if settings.anchor != "none":
+                lifecycle.check_fresh = freshness.check
             manager = InstanceManager(
                 lifecycle,
                 default_engine=settings.default_engine,
@@ -111,6 +119,7 @@ class Daemon:
                 runtime_dir=settings.runtime_dir,
                 engine_host_pid=lambda: workers.host_pid,
             )
+            manager.rewrap_anchor = freshness.rewrap
             control = ControlSockets(manager)
             manager.subscribe(control.on_change)
             await control.start()
@@ -122,7 +131,7 @@ class Daemon:
                 vsock = VsockServer(Relay(manager, settings.vsock_cids), settings.vsock_port)
                 vsock.start()
                 stack.push_async_callback(vsock.close)
-            api = ApiServer(manager, settings, metrics)
+            api = ApiServer(manager, settings, metrics, Durability(lifecycle, freshness))
             await api.start()
             stack.push_async_callback(api.stop)
             if settings.metrics_address:

@@ -66,6 +66,8 @@ class Lifecycle:
         self.engines = engines
         self.sockets = sockets
         self.hub = hub
+        # Refuses what is older than the anchor says (vtpm.instance.freshness); None without rollback protection.
+        self.check_fresh: Callable[[InstanceRecord], None] | None = None
         self._boot_id = boot_id
         self._max_running = max_running
         self._running: dict[uuid.UUID, Running] = {}
@@ -346,6 +348,8 @@ class Lifecycle:
                 remedy="stop others or raise max_running",
                 kind=ErrorKind.RESOURCE_EXHAUSTED,
             )
+        if self.check_fresh is not None:
+            await self.blocking(self.check_fresh, record)
         owned = await self.blocking(self.store.acquire, record.id, boot_id=self._boot_id)
         listeners: Listeners | None = None
         try:
