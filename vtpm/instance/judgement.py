@@ -139,7 +139,7 @@ def _judge_rows(
 
 
 def compare(mark: Mark, row: StateRow, *, same_kind: bool = True, continuous: bool = True) -> Reason | None:
-    """Return what is wrong with a state by its numbers, None if nothing is. Without `same_kind` it is the permanent one's mark."""
+    """Return what is wrong with a state by its numbers, None if nothing is. Without `same_kind`: the permanent one's mark."""
     if row.owner_epoch < mark.owner_epoch:
         return Reason.ROLLED_BACK
     if same_kind and (row.epoch, row.version) == (mark.epoch, mark.version):
