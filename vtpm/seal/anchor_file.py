@@ -100,9 +100,10 @@ def read_bounded(path: Path) -> bytes | None:
         raise _unreadable(path, "its directory does not exist") from None
     except OSError as error:
         raise _unreadable(path, error.strerror) from None
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise _unreadable(path, "it is no regular file")
     with open(fd, "rb") as file:  # noqa: PTH123  # by descriptor: what was checked is what is read
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise _unreadable(path, "it is no regular file")
         try:
             data = file.read(MAX_ANCHOR_SIZE + 1)
         except OSError as error:
