@@ -271,6 +271,8 @@ class Freshness:
             with contextlib.suppress(VtpmError):
                 await running.tpm.stop()
             return
+        if record.failure is not None and record.failure.reason == error.reason:
+            return
         failure = Failure(error.reason, error.message, error.remedy, dt.datetime.now(dt.UTC))
         if await asyncio.to_thread(self._log.refuse, record.id, failure):
             self._lifecycle.hub.publish("UPDATED", await asyncio.to_thread(self._store.get, str(record.id)))

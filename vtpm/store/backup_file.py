@@ -115,7 +115,11 @@ def recipients_of(texts: Sequence[str]) -> list[Any]:
             found.append(kind.from_str(text))
         except pyrage.RecipientError:
             raise InvalidArgumentError(
-                "RECIPIENT_INVALID", "this is no age recipient", subject=text[:80], remedy="write age1… or an SSH public key"
+                "RECIPIENT_INVALID",
+                "this is no age recipient",
+                # Not more of it: it may be a secret key, given by mistake.
+                subject=text[:10],
+                remedy="write age1… or an SSH public key",
             ) from None
     if not found:
         raise InvalidArgumentError(
@@ -312,7 +316,7 @@ class _Unpacker:
     def finish(self) -> tuple[Manifest, bytes | None]:
         """Return the manifest and the key file, once all is there and as the manifest says."""
         manifest = self._manifest
-        if manifest is None or self._ended != 2 or self._left or self._padding or self._buffer:
+        if manifest is None or self._ended < 2 or self._left or self._padding or self._buffer:
             raise damaged(self._subject, "the archive is not whole")
         if (self._stored, self._digest.hexdigest()) != (manifest.store.size, manifest.store.sha256):
             raise damaged(self._subject, "the store is not the one of the manifest")

@@ -279,12 +279,12 @@ class FreshnessLog:
     # ---- instances -------------------------------------------------------------------------------------------------------
 
     def refuse(self, instance: uuid.UUID, failure: Failure) -> bool:
-        """Take an instance that is OFF to FAILED, as its state is not fresh; return whether it was."""
+        """Take an instance that is not ON to FAILED, as its state is not fresh; return whether it was."""
         values = (dump_failure(failure), now().isoformat(" ", "microseconds"), instance.hex)
         with self._survey.transaction("BEGIN IMMEDIATE") as connection:
             statement = (
                 "UPDATE instances SET state = 'FAILED', failure = ?, revision = revision + 1, updated_at = ?"
-                " WHERE id = ? AND state = 'OFF'"
+                " WHERE id = ? AND state IN ('OFF', 'FAILED')"
             )
             return connection.execute(statement, values).rowcount == 1
 
