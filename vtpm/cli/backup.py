@@ -7,6 +7,7 @@ run or not. Only `restore --instance` goes through the daemon.
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -33,7 +34,10 @@ RecipientOption = Annotated[
     list[str], typer.Option("--recipient", "-r", help="age1… or an SSH public key; may be given more than once.")
 ]
 IdentityOption = Annotated[
-    Path, typer.Option("--identity-file", "-i", help="age identity, as of age-keygen, or an SSH key.", show_default=False)
+    Path,
+    typer.Option(
+        "--identity-file", "-i", help="age identity, as of age-keygen, or an SSH key; - for standard input.", show_default=False
+    ),
 ]
 ConfigFileOption = Annotated[Path | None, typer.Option("--config-file", help="The TOML file; default: as the daemon.")]
 
@@ -258,6 +262,8 @@ def _lines(path: Path) -> list[str]:
 def _identities(path: Path) -> list[Any]:
     from vtpm.store.backup_file import identities_of
 
+    if str(path) == "-":
+        return identities_of(sys.stdin.buffer.read(_MAX_TEXT_FILE), "standard input")
     return identities_of(_read(path, _MAX_TEXT_FILE), str(path))
 
 

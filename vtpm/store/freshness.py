@@ -264,12 +264,14 @@ class FreshnessLog:
             row = connection.execute("SELECT store, armed FROM freshness").fetchone()
         return (uuid.UUID(row[0]), bool(row[1])) if row else None
 
-    def identify(self, store: uuid.UUID) -> None:
-        """Be `store` from now on, with an empty log; its anchor is yet to be written."""
+    def identify(self, store: uuid.UUID, key: bytes) -> None:
+        """Be `store` from now on, with an empty log under `key`; its anchor is yet to be written."""
         with self._survey.transaction("BEGIN IMMEDIATE") as connection:
             connection.execute("DELETE FROM freshness_log")
             connection.execute("DELETE FROM freshness")
             connection.execute("INSERT INTO freshness VALUES (1, ?, 0)", (store.hex,))
+            # Within the transaction: who records next does so under the new key.
+            self.use(store, key)
 
     def arm(self) -> None:
         """Write down that the anchor is there: from now on it must be."""

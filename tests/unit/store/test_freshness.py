@@ -22,8 +22,7 @@ ID = uuid.UUID(int=7)
 @pytest.fixture
 def armed(store: Store) -> Store:
     """Give a store with rollback protection."""
-    store.freshness.identify(ID)
-    store.freshness.use(ID, KEY)
+    store.freshness.identify(ID, KEY)
     store.freshness.arm()
     return store
 
