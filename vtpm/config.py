@@ -116,6 +116,32 @@ class Settings(BaseSettings):
     mssim_allow_remote: bool = Field(
         default=False, description="Allow an `mssim_address` that is not loopback, and with it other hosts."
     )
+    anchor: Literal["none", "file", "tpm2"] = Field(
+        default="none",
+        description="Rollback protection: where the newest states are remembered, so that an older store is noticed. `file`: "
+        "`anchor_path`; `tpm2`: the host's TPM, with a file. See docs/rollback.md.",
+    )
+    anchor_path: str = Field(
+        default="",
+        description="File of the anchor, best on another volume than the store; default with `tpm2`: `anchor` in the state "
+        "directory.",
+    )
+    anchor_interval_s: float = Field(
+        default=0,
+        ge=0,
+        le=86400,
+        description="How old the anchor may be: a store put back to a copy younger than that is not noticed. 0: 10 with "
+        "`file`, 600 with `tpm2`, as a TPM's NV wears out.",
+    )
+    anchor_tcti: str = Field(
+        default="device:/dev/tpmrm0", description="TCTI of the host's TPM for `tpm2`, such as `device:/dev/tpmrm0`."
+    )
+    anchor_nv_index: int = Field(
+        default=0x01800A00,
+        ge=0x01000000,
+        le=0x01FFFFFE,
+        description="NV index of the anchor in the host's TPM for `tpm2`; the next one is used too.",
+    )
     vsock_port: int = Field(
         default=0, ge=0, le=_MAX_VSOCK, description="AF_VSOCK port for the gRPC calls of VMs and paravisors; 0: none."
     )
@@ -181,6 +207,13 @@ class Settings(BaseSettings):
                 f"mssim_address: {self.mssim_address} is not a loopback address, and the protocol has no authentication; "
                 "to have it so all the same, set mssim_allow_remote = true"
             )
+        if self.anchor == "file" and not self.anchor_path:
+            raise ValueError(
+                "anchor_path: the anchor needs a file, on a volume that whoever can put back the store can't: "
+                "in the state directory it would be put back with it"
+            )
+        if self.anchor_path and not self.anchor_path.startswith("/"):
+            raise ValueError("anchor_path: an absolute path, such as /srv/vtpm-anchor/anchor")
         if not self.store_url:
             object.__setattr__(self, "store_url", f"sqlite:///{self.state_dir / 'vtpm.db'}")
         return self

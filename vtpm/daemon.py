@@ -30,6 +30,8 @@ from vtpm.engine.stats import BUCKETS_NS
 from vtpm.engine.worker_engine import worker_engines
 from vtpm.engine.workers import Workers
 from vtpm.errors import ConfigError, VtpmError
+from vtpm.instance.anchors import open_freshness
+from vtpm.instance.durability import Durability
 from vtpm.instance.lifecycle import Lifecycle
 from vtpm.instance.manager import InstanceManager
 from vtpm.instance.sockets import InstanceSockets
@@ -84,6 +86,9 @@ class Daemon:
                 options=settings.key_provider_options,
                 create=store.is_empty(),
             )
+            freshness = open_freshness(settings, store, keys)
+            # After the last commit, before the store closes.
+            stack.push_async_callback(freshness.close)
             committer = Committer(store.commit, lambda report: _observe(metrics, report))
             stack.callback(committer.close)
             workers = Workers(
@@ -107,7 +112,13 @@ class Daemon:
             )
             lifecycle.thaws.observe = metrics.observe_thaw
             stack.push_async_callback(lifecycle.close)
+            lifecycle.thaws.pause()
             await lifecycle.recover()
+            await freshness.begin(lifecycle)
+            lifecycle.thaws.go_on()
+            lifecycle.thaws.on_hibernated.append(lambda _instance: freshness.soon())
+            if settings.anchor != "none":
+                lifecycle.check_fresh = freshness.check
             manager = InstanceManager(
                 lifecycle,
                 default_engine=settings.default_engine,
@@ -115,6 +126,8 @@ class Daemon:
                 runtime_dir=settings.runtime_dir,
                 engine_host_pid=lambda: workers.host_pid,
             )
+            manager.rewrap_anchor = freshness.rewrap
+            manager.maintenance.anchor = freshness.update
             control = ControlSockets(manager)
             manager.subscribe(control.on_change)
             await control.start()
@@ -126,7 +139,7 @@ class Daemon:
                 vsock = VsockServer(Relay(manager, settings.vsock_cids), settings.vsock_port)
                 vsock.start()
                 stack.push_async_callback(vsock.close)
-            api = ApiServer(manager, settings, metrics)
+            api = ApiServer(manager, settings, metrics, Durability(lifecycle, freshness))
             await api.start()
             stack.push_async_callback(api.stop)
             if settings.metrics_address:

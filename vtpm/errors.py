@@ -115,6 +115,18 @@ class KeyProviderError(VtpmError):
     kind = ErrorKind.FAILED_PRECONDITION
 
 
+class AnchorError(VtpmError):
+    """The freshness anchor is missing, damaged, another store's or out of reach: nothing is powered on (invariant 7)."""
+
+    kind = ErrorKind.FAILED_PRECONDITION
+
+
+class BackupError(VtpmError):
+    """A backup is damaged, foreign or of an unknown format, or can't be restored here."""
+
+    kind = ErrorKind.FAILED_PRECONDITION
+
+
 class StoreError(VtpmError):
     """The store can't be read or written: full disk, read-only, locked, damaged."""
 

@@ -327,3 +327,22 @@ def test_any_file_gives_settings_or_a_refusal_by_name(tmp_path_factory: pytest.T
     else:
         reason = ""
     assert reason in {"", "CONFIG_INVALID", "CONFIG_FILE_INVALID"}
+
+
+# ---- the anchor ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_anchor_in_a_file_needs_a_place_of_its_own() -> None:
+    with pytest.raises(ConfigError) as caught:
+        Settings.load({"anchor": "file"})
+    assert "anchor_path" in str(caught.value)
+    assert Settings.load({"anchor": "file", "anchor_path": "/srv/anchor"}).anchor == "file"
+    with pytest.raises(ConfigError, match="absolute"):
+        Settings.load({"anchor": "tpm2", "anchor_path": "anchor"})
+    assert Settings.load({"anchor": "tpm2"}).anchor_path == ""
+
+
+@pytest.mark.parametrize("index", [0, 0x00FFFFFF, 0x01FFFFFF, 0x81000000])
+def test_an_anchor_in_a_tpm_is_two_nv_indices(index: int) -> None:
+    with pytest.raises(ConfigError, match="anchor-nv-index"):
+        Settings.load({"anchor": "tpm2", "anchor_nv_index": index})

@@ -59,6 +59,8 @@ class Lifecycle:
         self.engines = engines
         self.sockets = sockets
         self.hub = hub
+        # Refuses what is older than the anchor says (vtpm.instance.freshness); None without rollback protection.
+        self.check_fresh: Callable[[InstanceRecord], None] | None = None
         self._boot_id = boot_id
         self._max_running = max_running
         self.thaws = Thaws(self, idle_timeout_s)
@@ -211,6 +213,8 @@ class Lifecycle:
         if running is None or running.record.epoch != epoch:
             return
         self.leave(running.record)
+        if running.tpm.asleep:
+            self.later(self._forget_parked(running.record))
         end = self.fail(running.record, loss) if loss is not None else self._powered_off(running.record)
         self._ends[instance] = task = self.later(end)
         task.add_done_callback(lambda _task: self._ends.pop(instance, None))
@@ -260,6 +264,10 @@ class Lifecycle:
         self.refresh(record)
         log.info("instance.keys_changed", instance=str(record.id), name=record.name)
         self.hub.publish("UPDATED", record)
+
+    async def _forget_parked(self, record: InstanceRecord) -> None:
+        with contextlib.suppress(EngineError):
+            await self.engine(record.engine).forget(record.id)
 
     async def _powered_off(self, record: InstanceRecord) -> None:
         """Write down that the VM has ended."""
@@ -403,6 +411,8 @@ class Lifecycle:
                 remedy="stop others or raise max_running",
                 kind=ErrorKind.RESOURCE_EXHAUSTED,
             )
+        if self.check_fresh is not None:
+            await self.blocking(self.check_fresh, record)
         owned = await self.blocking(self.store.acquire, record.id, boot_id=self._boot_id)
         listeners: Listeners | None = None
         try:

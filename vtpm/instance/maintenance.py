@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Final
 
 import structlog
@@ -28,6 +28,8 @@ class Maintenance:
 
     def __init__(self, lifecycle: Lifecycle) -> None:
         self._lifecycle = lifecycle
+        # Has the anchor of freshness know what hibernates (vtpm.instance.freshness).
+        self.anchor: Callable[[], Awaitable[None]] | None = None
 
     async def drain(self, timeout_s: float) -> AsyncIterator[DrainProgress]:
         """Let nothing start or wake, hibernate what is awake, and say how far that is.
@@ -58,6 +60,8 @@ class Maintenance:
             waiting = rest + again
             if again and len(waiting) == len(again):
                 await asyncio.sleep(_RETRY_S)
+        if self.anchor is not None:
+            await self.anchor()
         log.info("host.drained", instances=total - len(failures), awake=len(failures))
         yield DrainProgress(total, total - len(failures), tuple(failures))
 

@@ -8,7 +8,7 @@ import os
 import socket
 import uuid
 import weakref
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -68,7 +68,9 @@ class InstanceManager:
         self._manufacturing = asyncio.Semaphore(max(2, os.cpu_count() or 1))
         self._creating: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         self._rotating = False
-        self._maintenance = Maintenance(lifecycle)
+        self.maintenance = Maintenance(lifecycle)
+        # Wraps the anchor's secret anew (vtpm.instance.freshness), before the old key-encryption key is destroyed.
+        self.rewrap_anchor: Callable[[], Awaitable[None]] | None = None
 
     # ---- resources -------------------------------------------------------------------------------------------------------
 
@@ -236,11 +238,11 @@ class InstanceManager:
 
     def drain(self, timeout_s: float) -> AsyncIterator[DrainProgress]:
         """See Maintenance.drain."""
-        return self._maintenance.drain(timeout_s)
+        return self.maintenance.drain(timeout_s)
 
     def resume(self) -> None:
         """See Maintenance.resume."""
-        self._maintenance.resume()
+        self.maintenance.resume()
 
     async def rotate_key(self) -> tuple[str, int]:
         """Make a new key-encryption key, wrap every data key with it, destroy the old ones; return its id and the count."""
@@ -252,6 +254,8 @@ class InstanceManager:
             async with lock:
                 key_id = await self._lifecycle.blocking(self._keys.begin_rotation)
                 rewrapped = await self._rewrap_all(key_id)
+                if self.rewrap_anchor is not None:
+                    await self.rewrap_anchor()
                 await self._lifecycle.blocking(self._keys.finish_rotation)
         finally:
             self._rotating = False

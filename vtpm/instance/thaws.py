@@ -145,6 +145,14 @@ class Thaws:
             engine.release()
         self._open.set()
 
+    def pause(self) -> None:
+        """Let guests wait, as long as the daemon finds out what it may go on from."""
+        self._open.clear()
+
+    def go_on(self) -> None:
+        """End `pause`."""
+        self._open.set()
+
     @property
     def held(self) -> bool:
         """Whether nothing may wake."""

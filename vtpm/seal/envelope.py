@@ -26,7 +26,7 @@ _FORMAT: Final = 1
 _AES_256_GCM_SIV: Final = 1
 _TAG_SIZE: Final = 16
 MAX_ENVELOPE_SIZE: Final = 4 << 20
-_RESTORE: Final = "restore this instance from a backup; its present row is left as it is"
+_RESTORE: Final = "restore this instance: vtpm backup restore FILE --instance NAME; its present row is left as it is"
 
 
 class StateKind(enum.IntEnum):

@@ -193,7 +193,7 @@ class FileKeyProvider:
                 "DATA_KEY_AUTHENTICATION_FAILED",
                 "the wrapped data key is damaged or belongs to another instance",
                 subject=str(instance),
-                remedy="restore this instance from a backup; its present row is left as it is",
+                remedy="restore this instance: vtpm backup restore FILE --instance NAME; its present row is left as it is",
             ) from None
 
     # ---- rotation --------------------------------------------------------------------------------------------------------

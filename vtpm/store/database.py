@@ -14,7 +14,7 @@ from sqlalchemy.exc import DBAPIError
 
 from vtpm.errors import StoreError
 
-SCHEMA_REVISION: Final = "0004"
+SCHEMA_REVISION: Final = "0005"
 _MIGRATIONS: Final = Path(__file__).parent / "migrations"
 _WRITE: Final = "vtpm_write"
 _BUSY_TIMEOUT_MS: Final = 5000
@@ -25,7 +25,7 @@ _SQLITE_ERRORS: Final = (
     ("SQLITE_READONLY", "STORE_READ_ONLY", "the store is read-only", "make its file and directory writable for the daemon"),
     ("SQLITE_BUSY", "STORE_BUSY", "another process holds the store", "end the process that has the database open"),
     ("SQLITE_LOCKED", "STORE_BUSY", "another process holds the store", "end the process that has the database open"),
-    ("SQLITE_CORRUPT", "STORE_DAMAGED", "the store is damaged", "stop the daemon, keep the file, restore a backup"),
+    ("SQLITE_CORRUPT", "STORE_DAMAGED", "the store is damaged", "stop the daemon, keep the file, vtpm backup restore"),
     ("SQLITE_NOTADB", "STORE_DAMAGED", "the store is no SQLite database", "stop the daemon, keep the file, restore a backup"),
     ("SQLITE_CANTOPEN", "STORE_UNREACHABLE", "the store can't be opened", "check that its directory exists and is writable"),
     ("SQLITE_IOERR", "STORE_IO_FAILED", "the disk of the store fails", "check the disk and its free space"),

@@ -50,6 +50,12 @@ def _load_keys(text: str) -> tuple[KeyRecord, ...]:
     )
 
 
+def check_written(profile: str, keys: str) -> None:
+    """Raise ValueError or TypeError unless these are a profile and keys as they are written down here."""
+    _load_profile(profile)
+    _load_keys(keys)
+
+
 def to_record(row: Any, labels: Mapping[str, str]) -> InstanceRecord:
     """Make a record of a row of `instances` and its labels."""
     return InstanceRecord(

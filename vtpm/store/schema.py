@@ -100,3 +100,26 @@ requests: Final = Table(
     Column("fingerprint", LargeBinary, nullable=False),
     Column("created_at", DateTime, nullable=False, index=True),
 )
+
+# One row, while rollback protection is in force or being set up: which store this is, for its anchor.
+freshness: Final = Table(
+    "freshness",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("store", Uuid, nullable=False),
+    # 0: the anchor was not written yet.
+    Column("armed", Integer, nullable=False),
+)
+
+# What the anchor is the head of: roots, and which instances came and went. Each row's MAC covers the row before.
+freshness_log: Final = Table(
+    "freshness_log",
+    metadata,
+    Column("sequence", BigInteger, primary_key=True, autoincrement=False),
+    Column("kind", Integer, nullable=False),
+    # Which instance; none for a root.
+    Column("instance", Uuid, nullable=True),
+    # A root: the digest over the records of the anchor.
+    Column("root", LargeBinary, nullable=False),
+    Column("mac", LargeBinary, nullable=False),
+)

@@ -20,7 +20,9 @@ from vtpm.seal.envelope import StateKind
 from vtpm.seal.keys import WrappedKey
 from vtpm.store import database
 from vtpm.store.commits import AnyCommit, StateCommits
+from vtpm.store.freshness import FreshnessLog, LogKind
 from vtpm.store.model import Failure, Filter, InstanceRecord, InstanceState, KeyRecord, NewInstance, SealedState
+from vtpm.store.restore import InstanceRestore
 from vtpm.store.rows import dump_failure, dump_keys, dump_profile, now, to_record
 from vtpm.store.schema import data_keys, instances, labels, requests, snapshot_uses, snapshots, states
 from vtpm.store.snapshots import SnapshotReader
@@ -41,6 +43,8 @@ class Store:
         path = sa.make_url(url).database or ""
         self._commits = StateCommits(path, url)
         self.snapshots = SnapshotReader(path, url)
+        self.freshness = FreshnessLog(path, url)
+        self.restores = InstanceRestore(url, write, self.freshness)
 
     @classmethod
     def open(cls, url: str) -> Store:
@@ -69,6 +73,7 @@ class Store:
         """Close every connection."""
         self._commits.close()
         self.snapshots.close()
+        self.freshness.close()
         self._read_engine.dispose()
 
     @contextlib.contextmanager
@@ -221,6 +226,7 @@ class Store:
                 )
                 if new.request_id:
                     self._insert_request(connection, new, moment)
+                self.freshness.record(connection, LogKind.CREATED, new.id)
                 crash_point("create.before_commit")
         except IntegrityError as error:
             if "requests.id" in str(error.orig):
@@ -359,6 +365,7 @@ class Store:
                 )  # fmt: skip
             self._change(connection, instance, {"state": _DELETING}, revision=revision)
             connection.execute(sa.delete(data_keys).where(data_keys.c.instance == instance))
+            self.freshness.record(connection, LogKind.DELETED, instance)
             crash_point("delete.before_erase")
         self._finish_deletions()
         return record

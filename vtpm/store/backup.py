@@ -1,0 +1,224 @@
+"""Backups of a store: taken while the daemon runs, checked, and made ready to be a store again.
+
+The sealed states stay sealed, and the data keys wrapped. Volatile states are left out: what a VM went on from after the
+backup must not be gone on from again (invariant 2).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import os
+import sqlite3
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import file_digest, sha256
+from pathlib import Path
+from typing import Any, Final
+
+from vtpm import __version__
+from vtpm.errors import BackupError, SealedStateError
+from vtpm.seal.envelope import StateKind, place_of
+from vtpm.store import backup_file
+from vtpm.store.backup_file import Content, Manifest, damaged
+from vtpm.store.database import errors
+from vtpm.store.restore import EPOCH_LEAP
+from vtpm.store.store import Store
+
+_STEP_PAGES: Final = -1
+_LEAN: Final = (
+    f"DELETE FROM states WHERE kind != {int(StateKind.PERMANENT)}",  # noqa: S608  # a constant
+    # What an instance that is ON would go on from: the VM will not be there.
+    "DELETE FROM snapshots",
+    "DELETE FROM snapshot_uses",
+    "DELETE FROM requests",
+)
+# A restored store is another store: it gets an id and an anchor of its own.
+_REBORN: Final = (
+    "UPDATE instances SET state = 'OFF', boot_id = '' WHERE state = 'ON'",
+    f"UPDATE instances SET epoch = epoch + {EPOCH_LEAP}, revision = revision + 1",  # noqa: S608  # a constant
+    "DELETE FROM freshness_log",
+    "DELETE FROM freshness",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedBackup:
+    """A backup that was found whole; `store` is its database, in a directory that goes with the context."""
+
+    manifest: Manifest
+    store: Path
+    keys: bytes | None
+
+
+def create(store: Path, out: Path, recipients: Sequence[Any], keys: bytes | None) -> Manifest:
+    """Back up the database at `store`, in use or not, to `out`; with `keys`, the content of the key file.
+
+    All that was committed before the call is in it.
+
+    Raises:
+        StoreError: the store can't be read.
+        BackupError: BACKUP_EXISTS or BACKUP_UNWRITABLE.
+    """
+    if os.path.lexists(out):
+        raise backup_file.exists_already(out)
+    with _scratch(out.parent) as directory:
+        copy = directory / backup_file.STORE
+        _copy(store, copy)
+        manifest = _describe(copy, keys)
+        backup_file.write(out, manifest, copy, keys, recipients)
+    return manifest
+
+
+@contextlib.contextmanager
+def _scratch(parent: Path) -> Iterator[Path]:
+    """A directory for a copy of the store; sealed states, wrapped keys."""
+    try:
+        with tempfile.TemporaryDirectory(prefix=".vtpm-backup-", dir=parent) as name:
+            yield Path(name)
+    except OSError as error:
+        raise BackupError(
+            "BACKUP_UNWRITABLE",
+            f"{error.strerror}",
+            subject=str(parent),
+            remedy="check the directory, its owner and free space",
+        ) from None
+
+
+def _copy(source: Path, target: Path) -> None:
+    url = f"sqlite:///{source}"
+    with errors(url):
+        with (
+            contextlib.closing(sqlite3.connect(f"file:{_quoted(source)}?mode=ro", uri=True, timeout=10)) as here,
+            contextlib.closing(sqlite3.connect(target)) as there,
+        ):
+            # In one step: one moment of the store, while the daemon writes on.
+            here.backup(there, pages=_STEP_PAGES)
+        with contextlib.closing(sqlite3.connect(target, isolation_level=None)) as copy:
+            # A file of its own, without what was deleted.
+            copy.execute("PRAGMA journal_mode=DELETE")
+            for statement in _LEAN:
+                copy.execute(statement)
+            copy.execute("VACUUM")
+
+
+def _quoted(path: Path) -> str:
+    from urllib.parse import quote
+
+    return quote(str(path))
+
+
+def _describe(store: Path, keys: bytes | None) -> Manifest:
+    with contextlib.closing(sqlite3.connect(store)) as connection:
+        (schema,) = connection.execute("SELECT version_num FROM alembic_version").fetchone()
+        instances, states = _counts(connection)
+        key_ids = tuple(row[0] for row in connection.execute("SELECT DISTINCT key_id FROM data_keys ORDER BY key_id"))
+    with store.open("rb") as file:
+        content = Content(store.stat().st_size, file_digest(file, "sha256").hexdigest())
+    return Manifest(
+        backup_file.FORMAT,
+        __version__,
+        dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        schema,
+        instances,
+        states,
+        key_ids,
+        content,
+        Content(len(keys), sha256(keys).hexdigest()) if keys is not None else None,
+    )
+
+
+def _counts(connection: sqlite3.Connection) -> tuple[int, int]:
+    (instances,) = connection.execute("SELECT count(*) FROM instances").fetchone()
+    (states,) = connection.execute("SELECT count(*) FROM states").fetchone()
+    return instances, states
+
+
+@contextlib.contextmanager
+def opened(path: Path, identities: Sequence[Any], scratch: Path | None = None) -> Iterator[OpenedBackup]:
+    """Decrypt a backup and check all of it that can be checked without the data keys.
+
+    Raises:
+        BackupError: it is damaged, foreign, or for somebody else; its reason says which.
+    """
+    with _scratch(scratch or Path(tempfile.gettempdir())) as directory:
+        store = directory / backup_file.STORE
+        with store.open("wb") as file:
+            manifest, keys = backup_file.read(path, identities, file)
+        _check(store, manifest, str(path))
+        yield OpenedBackup(manifest, store, keys)
+
+
+def _check(store: Path, manifest: Manifest, subject: str) -> None:
+    try:
+        with contextlib.closing(sqlite3.connect(f"file:{_quoted(store)}?mode=ro", uri=True)) as connection:
+            if connection.execute("PRAGMA integrity_check(1)").fetchone() != ("ok",):
+                raise damaged(subject, "its database is not whole")
+            if connection.execute("PRAGMA foreign_key_check").fetchone() is not None:
+                raise damaged(subject, "its database does not fit together")
+            if _counts(connection) != (manifest.instances, manifest.states):
+                raise damaged(subject, "it has not the instances that its manifest says")
+            for instance, kind, epoch, version, blob in connection.execute(
+                "SELECT instance, kind, epoch, version, blob FROM states"
+            ):
+                place = place_of(blob)
+                if (place.instance.hex, place.kind, place.epoch, place.version) != (instance, kind, epoch, version):
+                    raise damaged(subject, f"the state of {place.instance} is in another's place")
+    except sqlite3.Error:
+        raise damaged(subject, "its database can't be read") from None
+    except SealedStateError as error:
+        raise damaged(subject, f"a sealed state: {error.reason}") from None
+
+
+def make_store(backup: OpenedBackup) -> Path:
+    """Make the database of an opened backup a store that a daemon can go on with, and return where it is.
+
+    Every instance is OFF or FAILED, as its VM is not there; epochs have risen, so that no worker of the store that was
+    backed up can commit; the store is yet to get an anchor.
+
+    Raises:
+        StoreError: STORE_TOO_NEW, a newer vTPM has written it.
+    """
+    url = f"sqlite:///{backup.store}"
+    Store.open(url).close()
+    with errors(url), contextlib.closing(sqlite3.connect(backup.store, isolation_level=None)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        for statement in (*_LEAN, *_REBORN):
+            connection.execute(statement)
+        connection.execute("COMMIT")
+        connection.execute("PRAGMA journal_mode=DELETE")
+    return backup.store
+
+
+def install(made: Path, place: Path) -> None:
+    """Move a store that was made to `place`, on the same volume, durably; nothing there is replaced.
+
+    Raises:
+        BackupError: RESTORE_TARGET_NOT_EMPTY or BACKUP_UNWRITABLE.
+    """
+    try:
+        fd = os.open(made, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        made.chmod(0o600)
+        os.link(made, place)
+        backup_file.sync_directory(place.parent)
+    except FileExistsError:
+        raise not_empty(place) from None
+    except OSError as error:
+        raise BackupError(
+            "BACKUP_UNWRITABLE", f"{error.strerror}", subject=str(place), remedy="check the directory and free space"
+        ) from None
+
+
+def not_empty(path: Path) -> BackupError:
+    """Return the error of a place where something is already."""
+    return BackupError(
+        "RESTORE_TARGET_NOT_EMPTY",
+        "there is something already, and nothing is overwritten",
+        subject=str(path),
+        remedy="stop the daemon and move its state directory away, or give another: vtpm --state-dir DIR backup restore",
+    )
