@@ -26,6 +26,7 @@ from vtpm.api.server import ApiServer
 from vtpm.config import Settings
 from vtpm.engine import sandbox
 from vtpm.engine.committer import CommitReport, Committer
+from vtpm.engine.limits import InstanceLimits
 from vtpm.engine.stats import BUCKETS_NS
 from vtpm.engine.worker_engine import worker_engines
 from vtpm.engine.workers import Workers
@@ -90,6 +91,7 @@ class Daemon:
                 memory_limit=settings.worker_memory_limit_mb << 20,
                 commit_timeout_s=settings.commit_timeout_s,
                 command_timeout_s=settings.command_timeout_s,
+                limits=InstanceLimits(settings.command_rate, settings.command_burst, settings.max_connections),
             )
             hidden = (settings.state_dir, settings.runtime_dir)
             engines = worker_engines(workers, tpm_server_path=settings.tpm_server_path, hidden=hidden)

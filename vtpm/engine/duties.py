@@ -136,6 +136,9 @@ class Duties:
     def _load(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:
         order = request.load
         permanent = self._durable.open(order)
+        self._channels.limit(
+            command_rate=order.command_rate, command_burst=order.command_burst, max_connections=order.max_connections
+        )
         reply.loaded.SetInParent()
         if order.without_init:
             self._tpm.permanent = permanent

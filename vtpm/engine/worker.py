@@ -65,7 +65,7 @@ class Worker:
         self._epoll = select.epoll()
         self._handlers: dict[int, Callable[[], None]] = {}
         self._durable = DurableState(tpm, commits, self._await_daemon)
-        self._channels = DataChannels(tpm, self._durable, self._watch, self._unwatch)
+        self._channels = DataChannels(tpm, self._durable, self._watch, self._unwatch, self._mute)
         self._controls: dict[int, ControlChannel] = {}
         self._platform = VmPlatform(tpm, self)
         self._duties = Duties(tpm, operations, self._durable, self._channels, self)
@@ -90,18 +90,23 @@ class Worker:
             self._epoll.unregister(sock.fileno())
         sock.close()
 
+    def _mute(self, sock: socket.socket) -> None:
+        if self._handlers.pop(sock.fileno(), None) is not None:
+            self._epoll.unregister(sock.fileno())
+
     def run(self) -> NoReturn:
         """Serve until told to stop; ends the process."""
         status = EXIT_TPM_FAILED
         try:
-            poll, handlers, partial = self._epoll.poll, self._handlers, self._channels.partial
+            poll, handlers, channels = self._epoll.poll, self._handlers, self._channels
+            partial, muted = channels.partial, channels.muted
             while True:
-                for fd, _event in poll(1.0 if partial else None, _MAX_EVENTS):
+                for fd, _event in poll(channels.tick_s() if partial or muted else None, _MAX_EVENTS):
                     handler = handlers.get(fd)
                     if handler is not None:
                         handler()
-                if partial:
-                    self._channels.drop_stalled()
+                if partial or muted:
+                    channels.tick()
         except Exit as end:
             status = end.status
         except BaseException as error:  # noqa: BLE001  # the last frame of the process: say what it was, never what it held

@@ -18,6 +18,7 @@ from vtpm.engine.committer import Committer
 from vtpm.engine.exits import EXIT_COMMIT_REFUSED, EXIT_COMMIT_TIMEOUT, EXIT_POWERED_OFF, EXIT_STOPPED
 from vtpm.engine.host import PROTOCOL
 from vtpm.engine.interface import Adopted, EngineEvents, Loss, Manufactured, PowerOn, Recovered
+from vtpm.engine.limits import InstanceLimits
 from vtpm.engine.link import HostLink, WorkerLink
 from vtpm.engine.software import LIBTPMS
 from vtpm.engine.v1 import link_pb2 as pb
@@ -33,7 +34,14 @@ class Workers:
     """The engine host and its workers, of all engines. `memory_limit` in bytes bounds each worker's data segment."""
 
     def __init__(
-        self, runtime_dir: Path, committer: Committer, *, memory_limit: int, commit_timeout_s: float, command_timeout_s: float
+        self,
+        runtime_dir: Path,
+        committer: Committer,
+        *,
+        memory_limit: int,
+        commit_timeout_s: float,
+        command_timeout_s: float,
+        limits: InstanceLimits,
     ) -> None:
         self._socket_path = runtime_dir / "engine.sock"
         self._log_path = runtime_dir / "engine-host.log"
@@ -41,6 +49,7 @@ class Workers:
         self._memory_limit = memory_limit
         self._commit_timeout_s = commit_timeout_s
         self._command_timeout_s = command_timeout_s
+        self._limits = limits
         self._host: HostLink | None = None
         self._connecting = asyncio.Lock()
         self._found: list[pb.RunningWorker] = []
@@ -224,6 +233,7 @@ class Workers:
             without_init=order.without_init,
             ak_algorithm=order.ak_algorithm,
         )
+        self._limits.put_into(load)
         try:
             await link.request(pb.WorkerRequest(load=load))
         except BaseException:

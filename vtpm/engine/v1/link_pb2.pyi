@@ -640,6 +640,9 @@ class Load(_message.Message):
     COMMIT_TIMEOUT_MS_FIELD_NUMBER: _builtins.int
     WITHOUT_INIT_FIELD_NUMBER: _builtins.int
     AK_ALGORITHM_FIELD_NUMBER: _builtins.int
+    COMMAND_RATE_FIELD_NUMBER: _builtins.int
+    COMMAND_BURST_FIELD_NUMBER: _builtins.int
+    MAX_CONNECTIONS_FIELD_NUMBER: _builtins.int
     data_key: _builtins.bytes
     sealed: _builtins.bytes
     epoch: _builtins.int
@@ -650,6 +653,11 @@ class Load(_message.Message):
     """Leave _TPM_Init to the VM's control channel."""
     ak_algorithm: _builtins.str
     """With `startup_clear`: the AK that is made if the TPM has none, as one that was imported."""
+    command_rate: _builtins.float
+    """Commands a second on the data connections, and how many may come at once after a pause; 0: no bound."""
+    command_burst: _builtins.int
+    max_connections: _builtins.int
+    """Data connections at once, besides the VM's own; 0: the worker's default."""
     @_builtins.property
     def place(self) -> Global___Place:
         """Where the sealed blob below stands."""
@@ -665,10 +673,13 @@ class Load(_message.Message):
         commit_timeout_ms: _builtins.int = ...,
         without_init: _builtins.bool = ...,
         ak_algorithm: _builtins.str = ...,
+        command_rate: _builtins.float = ...,
+        command_burst: _builtins.int = ...,
+        max_connections: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["place", b"place"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ak_algorithm", b"ak_algorithm", "commit_timeout_ms", b"commit_timeout_ms", "data_key", b"data_key", "epoch", b"epoch", "place", b"place", "sealed", b"sealed", "startup_clear", b"startup_clear", "without_init", b"without_init"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ak_algorithm", b"ak_algorithm", "command_burst", b"command_burst", "command_rate", b"command_rate", "commit_timeout_ms", b"commit_timeout_ms", "data_key", b"data_key", "epoch", b"epoch", "max_connections", b"max_connections", "place", b"place", "sealed", b"sealed", "startup_clear", b"startup_clear", "without_init", b"without_init"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
