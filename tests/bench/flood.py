@@ -65,6 +65,8 @@ def flooding(path: str, command: str, connections: int) -> Iterator[None]:
             assert process.stdout is not None
             process.stdout.readline()
             yield
+            if process.poll() is not None:
+                raise RuntimeError("the flood has ended by itself")
         finally:
             process.kill()
 

@@ -13,6 +13,7 @@ import time
 import uuid
 from typing import TYPE_CHECKING, Final
 
+from vtpm.crashpoints import crash_point
 from vtpm.engine.exits import EXIT_COMMIT_REFUSED, EXIT_COMMIT_TIMEOUT, Exit
 from vtpm.engine.framing import FrameReader, frame
 from vtpm.engine.v1 import link_pb2 as pb
@@ -74,15 +75,18 @@ class DurableState:
         """Seal the permanent state and have it made durable."""
         tpm = self._tpm
         assert tpm.permanent is not None
+        crash_point("worker.before_seal")
         self.version += 1
         place = Place(self.instance, StateKind.PERMANENT, self.epoch, self.version)
         sealed = seal(self._data_key, place, tpm.permanent)
         tpm.dirty = False
         message = frame(pb.Commit(epoch=self.epoch, version=self.version, sealed=sealed).SerializeToString())
+        crash_point("worker.before_commit")
         deadline = time.monotonic() + self._timeout_s
         while not self._try_commit(message, deadline):
             # The daemon is gone. The next one brings new sockets and takes the same commit again.
             self._await_daemon(deadline)
+        crash_point("worker.after_commit")
 
     def use(self, commits: socket.socket) -> None:
         """Go on with another daemon's socket."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from vtpm import __version__
+from vtpm import __version__, crashpoints
 from vtpm.engine import sandbox
 from vtpm.engine.libtpms import Libtpms
 from vtpm.engine.operations import Operations
@@ -88,7 +88,8 @@ class EngineHost:
 
     def run(self) -> None:
         """Serve until a daemon says Quit."""
-        rehearse(self._tpm, self._operations)
+        with crashpoints.held():
+            rehearse(self._tpm, self._operations)
         # What is here now is shared by all workers: keep the collector from touching, and so copying, those pages.
         gc.collect()
         gc.freeze()
@@ -188,12 +189,14 @@ class EngineHost:
             raise ValueError("a worker of this instance is running")
         if len(fds) != (4 if order.listeners else 2):
             raise ValueError("wrong number of descriptors")
+        crashpoints.crash_point("host.before_fork")
         link, worker_end = socket.socketpair()
         parent = os.getpid()
         pid = os.fork()
         if pid == 0:
             self._become_worker(parent, [worker_end.fileno(), *fds], order if engine == TPM_SERVER else None)
         worker_end.close()
+        crashpoints.crash_point("host.after_fork")
         child = _Child(order.instance, order.epoch, engine, pid, os.pidfd_open(pid), link)
         self._children[order.instance] = child
         self._watch(child.pidfd, lambda: self._on_exit(child))
@@ -237,6 +240,7 @@ class EngineHost:
         self._unwatch(child.pidfd)
         os.close(child.pidfd)
         _, wait_status = os.waitpid(child.pid, 0)
+        crashpoints.crash_point("host.after_exit")
         child.link.close()
         if self._children.get(child.instance) is child:
             del self._children[child.instance]
@@ -252,7 +256,9 @@ class EngineHost:
         child = self._children[request.attach.instance]
         if len(fds) != 2:
             raise ValueError("wrong number of descriptors")
+        crashpoints.crash_point("host.before_attach")
         socket.send_fds(child.link, [ATTACH], fds)
+        crashpoints.crash_point("host.after_attach")
         reply.pid = child.pid
         return []
 

@@ -99,7 +99,12 @@ class Workers:
             )
         self._engines = tuple(hello.engines) or (LIBTPMS,)
         self.libtpms_version, self.host_pid = hello.engine_version, hello.pid
-        self._found = [worker for reply, _ in replies for worker in reply.hello.workers]
+        running = [worker for reply, _ in replies for worker in reply.hello.workers]
+        self._found = [worker for worker in running if "/" not in worker.instance]
+        for worker in running:
+            if "/" in worker.instance:
+                # It was making a TPM for a daemon that is gone: nobody has it, and nobody will ask for it.
+                await self._host.request(pb.HostRequest(kill=pb.Kill(instance=worker.instance)))
         self._ended = [exited for reply, _ in replies for exited in reply.hello.exited if "/" not in exited.instance]
         log.info("engine.host_connected", pid=hello.pid, workers=len(self._found))
 

@@ -21,6 +21,7 @@ from typing import Final, ParamSpec, TypeVar
 
 import structlog
 
+from vtpm.crashpoints import crash_point
 from vtpm.engine.interface import Engine, Listeners, Loss, PowerOn, RunningTpm
 from vtpm.errors import ConflictError, EngineError, ErrorKind, FailedPreconditionError, NotFoundError, VtpmError
 from vtpm.instance.sockets import InstanceSockets
@@ -138,7 +139,19 @@ class Lifecycle:
                     continue
                 self._enter(Running(record, adopted.tpm))
                 log.info("instance.adopted", instance=str(record.id), name=record.name, epoch=record.epoch)
-                if (await adopted.tpm.status()).imported:
+                try:
+                    status = await adopted.tpm.status()
+                except EngineError as error:
+                    # It ended just now, which is reported as any other end is.
+                    log.warning("instance.lost_while_adopted", instance=str(record.id), reason=error.reason)
+                    continue
+                if status.epoch != record.epoch:
+                    # A daemon died between the fork and the state: this worker has no TPM, and no VM has seen one.
+                    await adopted.tpm.stop()
+                    self._leave(record)
+                    await self.blocking(self.store.release, record.id, record.epoch)
+                    log.info("instance.power_on_undone", instance=str(record.id), name=record.name)
+                elif status.imported:
                     self.imported(record.id, record.epoch)
         for record in await self.blocking(self.store.owned):
             if record.id in self._running:
@@ -347,6 +360,7 @@ class Lifecycle:
                 kind=ErrorKind.RESOURCE_EXHAUSTED,
             )
         owned = await self.blocking(self.store.acquire, record.id, boot_id=self._boot_id)
+        crash_point("power_on.after_acquire")
         listeners: Listeners | None = None
         try:
             async with self.key_lock:
@@ -371,6 +385,7 @@ class Lifecycle:
             if listeners is not None:
                 listeners.data.close()
                 listeners.control.close()
+        crash_point("power_on.after_load")
         running = Running(owned, tpm)
         self._enter(running)
         if startup_clear and not owned.keys:
