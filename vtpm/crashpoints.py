@@ -1,7 +1,7 @@
 """Named places where fault tests kill the process, to see what is left.
 
-`VTPM_TEST_BUILD=1 VTPM_CRASH_POINT=commit.before_sync:3` sends SIGKILL to a process that passes that place for the third time: the
-daemon, the engine host (`host.…`) or a worker (`worker.…`, each counting for itself). The first variable is what makes an
+`VTPM_TEST_BUILD=1 VTPM_CRASH_POINT=commit.before_sync:3` sends SIGKILL to a process that passes that place for the third time:
+the daemon, the engine host (`host.…`) or a worker (`worker.…`, each counting for itself). The first variable is what makes an
 installation the test build: without it the second one is not looked at, and a crash point is a comparison with None.
 """
 

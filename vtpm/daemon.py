@@ -41,6 +41,7 @@ from vtpm.seal.keys import load_key_provider
 from vtpm.store.store import Store
 from vtpm.wire.mssim import MssimServers
 from vtpm.wire.swtpm import ControlSockets
+from vtpm.wire.systemd import ActivatedListener, inherited_listener, notify
 from vtpm.wire.vsock import Relay, VsockServer
 
 log: Final = structlog.get_logger("vtpm.daemon")
@@ -124,16 +125,26 @@ class Daemon:
                 vsock = VsockServer(Relay(manager, settings.vsock_cids), settings.vsock_port)
                 vsock.start()
                 stack.push_async_callback(vsock.close)
-            api = ApiServer(manager, settings, metrics)
+            listener = inherited_listener(os.environ)
+            own_socket = settings.runtime_dir / "api.sock" if listener else None
+            api = ApiServer(manager, settings, metrics, operator_socket=own_socket)
             await api.start()
             stack.push_async_callback(api.stop)
+            activated = ActivatedListener(listener, own_socket) if listener and own_socket else None
+            if activated is not None:
+                stack.push_async_callback(activated.close)
+                activated.start()
             if settings.metrics_address:
                 metrics.start_http_server(settings.metrics_address)
                 observer = asyncio.get_running_loop().create_task(_observe_instances(manager, metrics))
                 stack.callback(observer.cancel)
+            notify("READY=1")
             log.info("daemon.ready", version=__version__, socket=str(settings.operator_socket), pid=os.getpid())
             await self._stopping.wait()
+            notify("STOPPING=1")
             log.info("daemon.draining", timeout_s=settings.drain_timeout_s)
+            if activated is not None:
+                await activated.stop_accepting()
             await api.drain(settings.drain_timeout_s)
         log.info("daemon.stopped")
 

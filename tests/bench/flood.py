@@ -60,7 +60,7 @@ def flood(sockets: Sequence[socket.socket], command: bytes, seconds: float) -> i
 def flooding(path: str, command: str, connections: int) -> Iterator[None]:
     """Have another process flood a VM's socket."""
     words = [sys.executable, "-m", "tests.bench.flood", path, command, str(connections)]
-    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True) as process:
         try:
             assert process.stdout is not None
             process.stdout.readline()

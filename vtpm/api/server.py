@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from pathlib import Path
 from typing import Final
 
 import grpc.aio
@@ -46,8 +47,12 @@ _GUEST_IDLE_MS: Final = 300_000
 class ApiServer:
     """Serves the API from `start` until `drain` and `stop`."""
 
-    def __init__(self, instances: Instances, settings: ApiSettings, metrics: RequestMetrics) -> None:
+    def __init__(
+        self, instances: Instances, settings: ApiSettings, metrics: RequestMetrics, *, operator_socket: Path | None = None
+    ) -> None:
         self._instances = instances
+        # Another one than the operators see, if somebody else listens there and brings what comes.
+        self._operator_socket = operator_socket or settings.operator_socket
         self._settings = settings
         self._metrics = metrics
         self._drain = Drain()
@@ -63,10 +68,11 @@ class ApiServer:
             ConfigError: a setting can't be used.
             UnavailableError: the socket can't be made.
         """
-        path = self._settings.operator_socket
+        path = self._operator_socket
         group = group_id(self._settings.socket_group)
         self._operators = self._operator_server()
-        await serve_on(self._operators, path, group)
+        # A relay is the only one to connect to a socket that is not the operators' own.
+        await serve_on(self._operators, path, group if path == self._settings.operator_socket else None)
         if group is not None:
             admit_group(path.parent, group)
         self._guests.follow()
@@ -93,7 +99,7 @@ class ApiServer:
         server, self._operators = self._operators, None
         if server is not None:
             with contextlib.suppress(OSError):
-                self._settings.operator_socket.unlink()
+                self._operator_socket.unlink()
             await server.stop(grace_s)
 
     def _operator_server(self) -> grpc.aio.Server:

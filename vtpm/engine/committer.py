@@ -22,6 +22,7 @@ import structlog
 
 from vtpm.engine.framing import FrameReader, frame
 from vtpm.engine.interface import CommitFunction
+from vtpm.engine.scheduling import take_short_turns
 from vtpm.engine.v1 import link_pb2 as pb
 from vtpm.errors import StoreError, VtpmError
 from vtpm.store.model import StateCommit
@@ -93,6 +94,7 @@ class Committer:
         os.close(self._wake_fd)
 
     def _run(self) -> None:
+        take_short_turns()
         together = 1
         while not self._closing:
             arrived = self._take(None)

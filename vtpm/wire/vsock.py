@@ -88,10 +88,11 @@ class Relay:
                 self._quiet.warning("vsock.guest_socket_absent", cid, cid=cid, name=record.name, error=error.strerror)
                 return
             log.debug("vsock.connected", cid=cid, instance=str(record.id))
-            await _carry_both_ways(connection, guest)
+            await carry_both_ways(connection, guest)
 
 
-async def _carry_both_ways(one: socket.socket, other: socket.socket) -> None:
+async def carry_both_ways(one: socket.socket, other: socket.socket) -> None:
+    """Carry bytes between two non-blocking stream sockets until both are done."""
     loop = asyncio.get_running_loop()
     ways = {loop.create_task(_carry_one_way(one, other)), loop.create_task(_carry_one_way(other, one))}
     try:
