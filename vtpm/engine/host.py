@@ -23,7 +23,7 @@ from vtpm.engine import sandbox
 from vtpm.engine.libtpms import Libtpms
 from vtpm.engine.operations import Operations
 from vtpm.engine.rehearsal import rehearse
-from vtpm.engine.scheduling import take_short_turns
+from vtpm.engine.scheduling import stand_alone, take_short_turns
 from vtpm.engine.software import ENGINES, LIBTPMS, TPM_SERVER
 from vtpm.engine.tpm_server import in_new_worker
 from vtpm.engine.v1 import link_pb2 as pb
@@ -210,6 +210,7 @@ class EngineHost:
         try:
             sandbox.die_with_parent(parent)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            stand_alone()
             take_short_turns()
             host, operations, commits, *listeners = (
                 socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fd) for fd in sandbox.keep_descriptors(fds)

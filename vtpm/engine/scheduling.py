@@ -1,12 +1,13 @@
-"""How the kernel's scheduler is asked to treat workers: short turns, so that none of them keeps others waiting.
+"""How the kernel's scheduler is asked to treat workers: a share for each, in short turns: none keeps others waiting.
 
-A TPM command takes microseconds to a few milliseconds. Who asks for a short slice (sched_setattr(2), Linux 6.12) gets its share
-of a core in small pieces: it is let in sooner when it wakes, before those with longer slices, and has to give way sooner when it
-does not stop. So it is the greedy that wait for the modest. Older kernels take no notice.
+A TPM command takes microseconds to a few milliseconds. Who asks for a short slice (sched_setattr(2), Linux 6.12) gets its
+share of a core in small pieces: it is let in sooner when it wakes, before those with longer slices, and has to give way
+sooner when it does not stop. So it is the greedy that wait for the modest. Older kernels take no notice.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import struct
@@ -21,6 +22,16 @@ _RESET_ON_FORK: Final = 1
 SLICE_NS: Final = 100_000
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
+
+
+def stand_alone() -> None:
+    """Make a session of this worker's own, which the kernel gives a share like any other's (sched(7), autogroup).
+
+    In one session with all workers, a modest one would have to share with a greedy one what the session gets.
+    """
+    # A process that leads a group already can't; a fork never does.
+    with contextlib.suppress(OSError):
+        os.setsid()
 
 
 def take_short_turns() -> bool:
