@@ -95,6 +95,31 @@ class Settings(BaseSettings):
     )
     max_running: int = Field(default=0, ge=0, description="How many instances may be ON at once; 0: no limit.")
     worker_memory_limit_mb: int = Field(default=256, ge=64, le=4096, description="Bound of a worker's data segment in MiB.")
+    max_connections: int = Field(
+        default=16,
+        ge=1,
+        le=32,
+        description="How many connections an instance's data socket takes, besides its VM's own.",
+    )
+    command_rate: float = Field(
+        default=0,
+        ge=0,
+        le=1e6,
+        description="How many commands a second an instance may run for its VM; faster ones wait, and faster gRPC calls are "
+        "refused. 0: no limit.",
+    )
+    command_burst: int = Field(
+        default=1000, ge=1, le=1_000_000, description="How many commands may come at once after a pause, with `command_rate`."
+    )
+    max_calls: int = Field(
+        default=1024,
+        ge=16,
+        le=1_000_000,
+        description="How many gRPC calls may be under way at once in the whole daemon; guests have half of them at most.",
+    )
+    max_guest_calls: int = Field(
+        default=32, ge=1, le=1024, description="How many gRPC calls may be under way at once on one guest socket."
+    )
     max_message_size_bytes: int = Field(default=4 << 20, ge=64 << 10, le=64 << 20, description="Largest gRPC message.")
     log_format: Literal["auto", "json", "console"] = Field(
         default="auto", description="How to log; `auto` writes for people on a terminal and JSON elsewhere."

@@ -26,6 +26,7 @@ from vtpm.api.server import ApiServer
 from vtpm.config import Settings
 from vtpm.engine import sandbox
 from vtpm.engine.committer import CommitReport, Committer
+from vtpm.engine.limits import InstanceLimits
 from vtpm.engine.stats import BUCKETS_NS
 from vtpm.engine.worker_engine import worker_engines
 from vtpm.engine.workers import Workers
@@ -42,6 +43,7 @@ from vtpm.seal.keys import load_key_provider
 from vtpm.store.store import Store
 from vtpm.wire.mssim import MssimServers
 from vtpm.wire.swtpm import ControlSockets
+from vtpm.wire.systemd import ActivatedListener, inherited_listener, notify
 from vtpm.wire.vsock import Relay, VsockServer
 
 log: Final = structlog.get_logger("vtpm.daemon")
@@ -97,6 +99,7 @@ class Daemon:
                 memory_limit=settings.worker_memory_limit_mb << 20,
                 commit_timeout_s=settings.commit_timeout_s,
                 command_timeout_s=settings.command_timeout_s,
+                limits=InstanceLimits(settings.command_rate, settings.command_burst, settings.max_connections),
             )
             hidden = (settings.state_dir, settings.runtime_dir)
             engines = worker_engines(workers, tpm_server_path=settings.tpm_server_path, hidden=hidden)
@@ -139,16 +142,26 @@ class Daemon:
                 vsock = VsockServer(Relay(manager, settings.vsock_cids), settings.vsock_port)
                 vsock.start()
                 stack.push_async_callback(vsock.close)
-            api = ApiServer(manager, settings, metrics, Durability(lifecycle, freshness))
+            listener = inherited_listener(os.environ)
+            own_socket = settings.runtime_dir / "api.sock" if listener else None
+            api = ApiServer(manager, settings, metrics, Durability(lifecycle, freshness), operator_socket=own_socket)
             await api.start()
             stack.push_async_callback(api.stop)
+            activated = ActivatedListener(listener, own_socket) if listener and own_socket else None
+            if activated is not None:
+                stack.push_async_callback(activated.close)
+                activated.start()
             if settings.metrics_address:
                 metrics.start_http_server(settings.metrics_address)
                 observer = asyncio.get_running_loop().create_task(_observe_instances(manager, metrics))
                 stack.callback(observer.cancel)
+            notify("READY=1")
             log.info("daemon.ready", version=__version__, socket=str(settings.operator_socket), pid=os.getpid())
             await self._stopping.wait()
+            notify("STOPPING=1")
             log.info("daemon.draining", timeout_s=settings.drain_timeout_s)
+            if activated is not None:
+                await activated.stop_accepting()
             await api.drain(settings.drain_timeout_s)
         log.info("daemon.stopped")
 

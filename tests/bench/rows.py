@@ -15,6 +15,7 @@ from tests.bench.blackout import blackout
 from tests.bench.boot import boot
 from tests.bench.dropin import dropin
 from tests.bench.hibernation import hibernation
+from tests.bench.limits import hostile, writes
 from tests.bench.measure import Row, alternate, micros, millis, placed, private_memory, round_trips
 from tests.support import raw
 from tests.support.daemon import ROOT, DaemonProcess, worker_pids
@@ -157,6 +158,8 @@ ROWS = {
     "restart": restart,
     "memory": memory,
     "quotes": quotes,
+    "writes": writes,
+    "hostile": hostile,
     "blackout": blackout,
     "boot": boot,
     "hibernation": hibernation,

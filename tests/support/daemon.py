@@ -50,7 +50,12 @@ class DaemonProcess:
     @property
     def env(self) -> dict[str, str]:
         """The environment of the daemon and of the CLI."""
-        own = {"VTPM_STATE_DIR": str(self.state_dir), "VTPM_RUNTIME_DIR": str(self.runtime_dir)}
+        own = {
+            "VTPM_STATE_DIR": str(self.state_dir),
+            "VTPM_RUNTIME_DIR": str(self.runtime_dir),
+            # Crash points are looked at in the test build only.
+            "VTPM_TEST_BUILD": "1",
+        }
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("VTPM_")}
         return inherited | own | self.environment
 

@@ -19,6 +19,7 @@ from google.protobuf.message import DecodeError
 
 from vtpm.api.access import Access
 from vtpm.api.errors import code_of, status_of, status_of_unexpected
+from vtpm.api.limits import Admission
 from vtpm.api.ports import RequestMetrics
 from vtpm.api.tracing import Tracing
 from vtpm.errors import InvalidArgumentError, VtpmError
@@ -34,10 +35,11 @@ _READS: Final = ("Get", "List", "Read", "Quote")
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Surrounds the calls of one server, whose callers are `access`."""
+    """Surrounds the calls of one server, whose callers are `access` and come in by `admission`."""
 
-    def __init__(self, access: Access, metrics: RequestMetrics, tracing: Tracing) -> None:
+    def __init__(self, access: Access, admission: Admission, metrics: RequestMetrics, tracing: Tracing) -> None:
         self.access = access
+        self.admission = admission
         self.metrics = metrics
         self.tracing = tracing
         # The servicers' methods, so bounded by what is registered.
@@ -77,6 +79,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         async def unary(raw: Any, context: Any) -> bytes:
             call = _Call(self, method, context)
             try:
+                call.enter()
                 request = call.requests(raw, decode) if stream else call.request(raw, decode)
                 response = encode(await serve(request, context))
                 call.code = grpc.StatusCode.OK
@@ -93,6 +96,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         async def responses(raw: Any, context: Any) -> AsyncIterator[bytes]:
             call = _Call(self, method, context)
             try:
+                call.enter()
                 request = call.requests(raw, decode) if stream else call.request(raw, decode)
                 async with aclosing(serve(request, context)) as messages:
                     async for message in messages:
@@ -110,7 +114,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 class _Call:
     """One call, from its first byte to its status."""
 
-    __slots__ = ("_begin", "_context", "_instance", "_interceptor", "_method", "_span", "code", "reason")
+    __slots__ = ("_admitted", "_begin", "_context", "_instance", "_interceptor", "_method", "_span", "code", "reason")
 
     def __init__(self, interceptor: CallInterceptor, method: str, context: Any) -> None:
         self._interceptor = interceptor
@@ -122,6 +126,13 @@ class _Call:
         # What it is when the server's end comes first.
         self.code = grpc.StatusCode.CANCELLED
         self.reason = ""
+        self._admitted = False
+
+    def enter(self) -> None:
+        """Be let in, or raise; whether the service is well can be asked at any time."""
+        if not self._method.startswith(_QUIET_SERVICES):
+            self._interceptor.admission.enter()
+            self._admitted = True
 
     def request(self, raw: bytes, decode: _Decode) -> Any:
         """Decode a request and note which instance it is about."""
@@ -159,6 +170,8 @@ class _Call:
 
     def end(self) -> None:
         """Report how it ended."""
+        if self._admitted:
+            self._interceptor.admission.leave()
         seconds = time.perf_counter() - self._begin
         code = self.code.name
         interceptor = self._interceptor

@@ -112,6 +112,22 @@ class ApiSettings(Protocol):
         """Group that may use the operators' socket; empty for none."""
 
     @property
+    def max_calls(self) -> int:
+        """gRPC calls under way at once; guests have half of them at most."""
+
+    @property
+    def max_guest_calls(self) -> int:
+        """gRPC calls under way at once on one guest socket."""
+
+    @property
+    def command_rate(self) -> float:
+        """Calls a second of a guest; 0 for no bound."""
+
+    @property
+    def command_burst(self) -> int:
+        """Calls of a guest at once after a pause."""
+
+    @property
     def max_message_size_bytes(self) -> int:
         """Largest request taken."""
 

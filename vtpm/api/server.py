@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from pathlib import Path
 from typing import Final
 
 import grpc.aio
@@ -20,6 +21,7 @@ from vtpm.api.health import HEALTH_SERVICE, REFLECTION_SERVICE, HealthServicer, 
 from vtpm.api.host import HostServicer
 from vtpm.api.instances import InstanceServicer
 from vtpm.api.interceptors import CallInterceptor
+from vtpm.api.limits import Admission, CallLimits
 from vtpm.api.ports import ApiSettings, Instances, RequestMetrics
 from vtpm.api.sockets import admit_group, group_id, serve_on
 from vtpm.api.tpm import TpmServicer
@@ -42,20 +44,29 @@ _SHORTEST_PING_INTERVAL_MS: Final = 10_000
 # A page of instances is the largest answer, and a single instance passes the page's own bound by little.
 _MAX_RESPONSE_BYTES: Final = 4 << 20
 _MAX_STREAMS_PER_CONNECTION: Final = 256
-# What one guest can have going at once: its worker runs one command after the other anyway.
-_MAX_GUEST_CALLS: Final = 32
 _GUEST_IDLE_MS: Final = 300_000
 
 
 class ApiServer:
     """Serves the API from `start` until `drain` and `stop`."""
 
-    def __init__(self, instances: Instances, settings: ApiSettings, metrics: RequestMetrics, durability: Durability) -> None:
+    def __init__(
+        self,
+        instances: Instances,
+        settings: ApiSettings,
+        metrics: RequestMetrics,
+        durability: Durability,
+        *,
+        operator_socket: Path | None = None,
+    ) -> None:
         self._instances = instances
         self._durability = durability
+        # Another one than the operators see, if somebody else listens there and brings what comes.
+        self._operator_socket = operator_socket or settings.operator_socket
         self._settings = settings
         self._metrics = metrics
         self._drain = Drain()
+        self._limits = CallLimits(settings.max_calls, guest_rate=settings.command_rate, guest_burst=settings.command_burst)
         self._guests = GuestServers(instances, self._guest_server)
         self._tracing = open_tracing(settings.otel_endpoint)
         self._operators: grpc.aio.Server | None = None
@@ -67,10 +78,11 @@ class ApiServer:
             ConfigError: a setting can't be used.
             UnavailableError: the socket can't be made.
         """
-        path = self._settings.operator_socket
+        path = self._operator_socket
         group = group_id(self._settings.socket_group)
         self._operators = self._operator_server()
-        await serve_on(self._operators, path, group)
+        # A relay is the only one to connect to a socket that is not the operators' own.
+        await serve_on(self._operators, path, group if path == self._settings.operator_socket else None)
         if group is not None:
             admit_group(path.parent, group)
         self._guests.follow()
@@ -97,12 +109,14 @@ class ApiServer:
         server, self._operators = self._operators, None
         if server is not None:
             with contextlib.suppress(OSError):
-                self._settings.operator_socket.unlink()
+                self._operator_socket.unlink()
             await server.stop(grace_s)
 
     def _operator_server(self) -> grpc.aio.Server:
         access = OperatorAccess()
-        server = self._server(access, [("grpc.max_concurrent_streams", _MAX_STREAMS_PER_CONNECTION)], None)
+        server = self._server(
+            access, self._limits.operator(), [("grpc.max_concurrent_streams", _MAX_STREAMS_PER_CONNECTION)], None
+        )
         add_InstanceServiceServicer_to_server(InstanceServicer(self._instances, self._drain, self._guests.settled), server)
         add_HostServiceServicer_to_server(HostServicer(self._instances, self._drain), server)
         add_TpmServiceServicer_to_server(TpmServicer(self._instances, self._drain, access), server)
@@ -112,15 +126,18 @@ class ApiServer:
 
     def _guest_server(self, record: InstanceRecord) -> grpc.aio.Server:
         access = GuestAccess(record.id, record.name)
-        options = [("grpc.max_connection_idle_ms", _GUEST_IDLE_MS), ("grpc.max_concurrent_streams", _MAX_GUEST_CALLS)]
-        server = self._server(access, options, _MAX_GUEST_CALLS)
+        most = self._settings.max_guest_calls
+        options = [("grpc.max_connection_idle_ms", _GUEST_IDLE_MS), ("grpc.max_concurrent_streams", most)]
+        server = self._server(access, self._limits.guest(), options, most)
         add_TpmServiceServicer_to_server(TpmServicer(self._instances, self._drain, access), server)
         self._add_common(server, TPM_SERVICE)
         return server
 
-    def _server(self, access: Access, options: list[tuple[str, int]], max_calls: int | None) -> grpc.aio.Server:
+    def _server(
+        self, access: Access, admission: Admission, options: list[tuple[str, int]], max_calls: int | None
+    ) -> grpc.aio.Server:
         return grpc.aio.server(
-            interceptors=[CallInterceptor(access, self._metrics, self._tracing)],
+            interceptors=[CallInterceptor(access, admission, self._metrics, self._tracing)],
             maximum_concurrent_rpcs=max_calls,
             options=[
                 ("grpc.max_receive_message_length", self._settings.max_message_size_bytes),

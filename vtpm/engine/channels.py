@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final
 
 from vtpm.engine.framing import LENGTH
+from vtpm.engine.limits import Throttle, TokenBucket
 from vtpm.engine.stats import UNTIMED, CommandStats
 from vtpm.engine.v1 import link_pb2 as pb
 from vtpm.tpm.codes import TPM_RC_COMMAND_SIZE, TPM_RC_FAILURE
@@ -19,9 +20,11 @@ if TYPE_CHECKING:
     from vtpm.engine.durable import DurableState
     from vtpm.engine.software import Response, SoftwareTpm
 
-MAX_CONNECTIONS: Final = 16
+# As long as nobody has said how many.
+_MAX_CONNECTIONS: Final = 16
 # A peer that sends half a command has this long to send the rest.
 _HALF_COMMAND_TIMEOUT_S: Final = 10.0
+_TICK_S: Final = 1.0
 # swtpm's header of a command: TPM2_SEND_COMMAND, locality, size of the command.
 _PREFIX: Final = struct.Struct(">IBI")
 _PREFIX_CODE: Final = b"\0\0\0\x08"
@@ -31,13 +34,18 @@ Unwatch = Callable[[socket.socket], None]
 
 
 class DataChannels:
-    """Every connection that carries commands. `watch` and `unwatch` (which closes) are the worker's loop."""
+    """Every connection that carries commands. `watch`, `unwatch` (which closes) and `mute` are the worker's loop."""
 
-    def __init__(self, tpm: SoftwareTpm, durable: DurableState, watch: Watch, unwatch: Unwatch) -> None:
+    def __init__(self, tpm: SoftwareTpm, durable: DurableState, watch: Watch, unwatch: Unwatch, mute: Unwatch) -> None:
         self._tpm = tpm
         self._durable = durable
         self._watch = watch
         self._unwatch = unwatch
+        self._mute = mute
+        self._max_connections = _MAX_CONNECTIONS
+        self._throttle: Throttle | None = None
+        # Connections that wait until the instance may run commands again.
+        self.muted: dict[int, socket.socket] = {}
         self._connections: dict[int, socket.socket] = {}
         # The connection that the VM's control channel handed over.
         self._vm = -1
@@ -47,9 +55,16 @@ class DataChannels:
         self.powered = False
         self._before_next: Callable[[], None] | None = None
 
+    def limit(self, *, command_rate: float, command_burst: int, max_connections: int) -> None:
+        """Keep bounds from now on; a rate of 0 is none, no connections named leaves that bound as it is."""
+        self._max_connections = max_connections or self._max_connections
+        bucket = TokenBucket(command_rate, max(1, command_burst)) if command_rate > 0 else None
+        self._throttle = Throttle(bucket, self._mute, self.muted) if bucket else None
+        self._rebind()
+
     def open(self, connection: socket.socket) -> None:
         """Serve a connection, if there are not too many."""
-        if len(self._connections) >= MAX_CONNECTIONS:
+        if len(self._connections) >= self._max_connections:
             connection.close()
         else:
             self._add(connection)
@@ -59,6 +74,9 @@ class DataChannels:
         fd = connection.fileno()
         self._connections[fd] = connection
         self._watch(connection, self._handler_for(connection, fd))
+        if self._throttle is not None:
+            # Nobody gets ahead by connecting anew.
+            self._throttle.pay(0, connection, fd)
 
     def open_for_vm(self, connection: socket.socket) -> bool:
         """Serve the connection that a control channel handed over; False if there is one already."""
@@ -77,7 +95,7 @@ class DataChannels:
     @property
     def idle(self) -> bool:
         """Whether no connection has sent half a command, and nothing is to be done before the next one."""
-        return not self.partial and self._before_next is None
+        return not self.partial and not self.muted and self._before_next is None
 
     def set_powered(self, powered: bool) -> None:
         """Say whether the TPM is initialised; without, commands are answered as a TPM in failure mode would."""
@@ -99,7 +117,8 @@ class DataChannels:
     def _rebind(self) -> None:
         """Give every connection the handler for what the TPM is now, so that the usual way need not ask."""
         for fd, connection in self._connections.items():
-            self._watch(connection, self._handler_for(connection, fd))
+            if fd not in self.muted:
+                self._watch(connection, self._handler_for(connection, fd))
 
     def _handler_for(self, connection: socket.socket, fd: int) -> Callable[[], None]:
         if not self.powered:
@@ -120,7 +139,10 @@ class DataChannels:
         receive_into, send = connection.recv_into, connection.send
         header_of, process, commit = HEADER.unpack_from, tpm.process_in_place, self._durable.commit
         now, counts, stats = time.perf_counter_ns, self.stats.counts, self.stats
-        untimed = 0
+        untimed, throttle = 0, self._throttle
+        block = throttle.bucket.block if throttle else UNTIMED + 1
+        if throttle is not None:
+            throttle.opened(fd, lambda: untimed)
 
         def on_data() -> None:
             nonlocal untimed
@@ -141,12 +163,15 @@ class DataChannels:
                         if tpm.dirty:
                             commit()
                     else:
-                        untimed = UNTIMED
+                        untimed = block - 1
                         start = now()
                         response = process(size)
                         if tpm.dirty:
                             commit()
                         stats.time(ordinal, now() - start)
+                        if throttle is not None:
+                            # For this one and those that are not timed.
+                            throttle.pay(block, connection, fd)
                     if ordinal in counts:
                         counts[ordinal] += 1
                     else:
@@ -204,6 +229,8 @@ class DataChannels:
                 self._answer(connection, fd, self.execute(size, ordinal))
             else:
                 self._answer(connection, fd, self._execute_prefixed(size, ordinal, locality))
+            if self._throttle is not None and fd in self._connections:
+                self._throttle.pay(1, connection, fd)
             since = time.monotonic()
         if buffer and fd in self._connections:
             self.partial[fd] = (buffer, since)
@@ -219,11 +246,27 @@ class DataChannels:
 
     def _drop(self, fd: int) -> None:
         self.partial.pop(fd, None)
+        if self._throttle is not None:
+            self._throttle.dropped(fd)
         connection = self._connections.pop(fd, None)
         if connection is not None:
             self._unwatch(connection)
 
-    def drop_stalled(self) -> None:
+    def tick_s(self) -> float:
+        """Seconds until `tick` should be called, if nothing comes."""
+        if self._throttle is not None and self.muted:
+            return min(_TICK_S, self._throttle.bucket.wait_s())
+        return _TICK_S
+
+    def tick(self) -> None:
+        """Do what time has come for."""
+        if self._throttle is not None:
+            for fd, connection in self._throttle.due().items():
+                self._watch(connection, self._handler_for(connection, fd))
+        if self.partial:
+            self._drop_stalled()
+
+    def _drop_stalled(self) -> None:
         """Drop who sent half a command and then nothing."""
         oldest = time.monotonic() - _HALF_COMMAND_TIMEOUT_S
         for fd in [fd for fd, (_, since) in self.partial.items() if since < oldest]:

@@ -14,8 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from vtpm import crashpoints
 from vtpm.engine import descriptors, sandbox
 from vtpm.engine.exits import EXIT_STOPPED
+from vtpm.engine.scheduling import stand_alone, take_short_turns
 from vtpm.engine.software import LIBTPMS, TPM_SERVER
 from vtpm.engine.tpm_server import in_new_worker
 from vtpm.engine.v1 import link_pb2 as pb
@@ -116,10 +118,12 @@ class Nursery:
         # A message is a message here: several may come before they are read.
         link, worker_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         parent = os.getpid()
+        crashpoints.crash_point("host.before_fork")
         pid = os.fork()
         if pid == 0:
             self._become_worker(parent, worker_end.fileno(), order if engine == TPM_SERVER else None)
         worker_end.close()
+        crashpoints.crash_point("host.after_fork")
         return Child("", 0, engine, pid, os.pidfd_open(pid), link)
 
     def _become_worker(self, parent: int, link_fd: int, program: pb.Spawn | None) -> None:
@@ -129,12 +133,15 @@ class Nursery:
             sandbox.die_with_parent(parent)
             sandbox.name_process("vtpm-spare")
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            stand_alone()
+            take_short_turns()
             (kept,) = sandbox.keep_descriptors([link_fd])
             host = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, kept)
             tpm, operations = self._make_tpm(parent, program) if program else (self._tpm, self._operations)
             if program is None:
                 if self.thaw is not None:
-                    self.thaw.run(tpm, operations)
+                    with crashpoints.held():
+                        self.thaw.run(tpm, operations)
                 sandbox.enter(self._filter, memory_limit=self._memory_limit)
             message, fds = descriptors.receive(host, MAX_ORDER_SIZE)
             if not message:

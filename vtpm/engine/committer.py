@@ -23,6 +23,7 @@ import structlog
 from vtpm.engine.durable import SNAPSHOT_NOT_TAKEN
 from vtpm.engine.framing import FrameReader, frame
 from vtpm.engine.interface import CommitFunction
+from vtpm.engine.scheduling import take_short_turns
 from vtpm.engine.v1 import link_pb2 as pb
 from vtpm.errors import StoreError, VtpmError
 from vtpm.store.commits import AnyCommit
@@ -34,6 +35,10 @@ log: Final = structlog.get_logger("vtpm.engine")
 _RETRY_S: Final = 0.2
 _MAX_EVENTS: Final = 256
 _REPORT_EVERY_S: Final = 10.0
+# When the last sync was shared by so many, the next one waits a moment for those who are about to come: a fraction of what a
+# sync takes, and with a crowd at work each sync that is saved is time for their TPMs. A worker that writes alone never waits.
+_CROWD: Final = 4
+_GATHER_S: Final = 100e-6
 
 
 @dataclass(slots=True)
@@ -97,15 +102,25 @@ class Committer:
         os.close(self._wake_fd)
 
     def _run(self) -> None:
+        take_short_turns()
+        together = 1
         while not self._closing:
-            arrived: list[tuple[Channel, pb.Commit]] = []
-            for fd, _event in self._epoll.poll(None, _MAX_EVENTS):
-                if fd == self._wake_fd:
-                    self._take_added()
-                else:
-                    arrived += self._receive(self._channels[fd])
+            arrived = self._take(None)
+            if together >= _CROWD:
+                time.sleep(_GATHER_S)
+                arrived += self._take(0)
             if arrived:
+                together = len(arrived)
                 self._serve(arrived)
+
+    def _take(self, timeout: float | None) -> list[tuple[Channel, pb.Commit]]:
+        arrived: list[tuple[Channel, pb.Commit]] = []
+        for fd, _event in self._epoll.poll(timeout, _MAX_EVENTS):
+            if fd == self._wake_fd:
+                self._take_added()
+            else:
+                arrived += self._receive(self._channels[fd])
+        return arrived
 
     def _take_added(self) -> None:
         with contextlib.suppress(BlockingIOError):

@@ -14,6 +14,7 @@ import time
 import uuid
 from typing import TYPE_CHECKING, Final
 
+from vtpm.crashpoints import crash_point
 from vtpm.engine.exits import EXIT_COMMIT_REFUSED, EXIT_COMMIT_TIMEOUT, Exit
 from vtpm.engine.framing import FrameReader, frame
 from vtpm.engine.v1 import link_pb2 as pb
@@ -94,11 +95,14 @@ class DurableState:
         """Seal the permanent state and have it made durable."""
         tpm = self._tpm
         assert tpm.permanent is not None
+        crash_point("worker.before_seal")
         self.version += 1
         place = Place(self.instance, StateKind.PERMANENT, self.epoch, self.version)
         sealed = seal(self._data_key, place, tpm.permanent)
         tpm.dirty = False
+        crash_point("worker.before_commit")
         self._made_durable(pb.Commit(epoch=self.epoch, version=self.version, sealed=sealed))
+        crash_point("worker.after_commit")
 
     def take_snapshot(self, plain: bytes, *, attached: bool) -> bool:
         """Seal a snapshot and have it made durable; False if the store can't take it now.

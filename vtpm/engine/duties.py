@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, Protocol
 
+from vtpm.crashpoints import crash_point
 from vtpm.engine.exits import EXIT_STOPPED, Exit
 from vtpm.engine.stats import UNKNOWN_ORDINAL
 from vtpm.engine.v1 import link_pb2 as pb
@@ -155,11 +156,16 @@ class Duties:
             [PcrBank.from_name(name) for name in order.pcr_banks],
         )
         reply.manufactured.sealed = self._durable.seal_first(order)
+        crash_point("worker.after_manufacture")
         _add_keys(reply.manufactured, keys)
 
     def _load(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:
         order = request.load
         permanent = self._durable.open(order)
+        crash_point("worker.after_unseal")
+        self._channels.limit(
+            command_rate=order.command_rate, command_burst=order.command_burst, max_connections=order.max_connections
+        )
         self._hibernation.after(order.idle_timeout_ms / 1000)
         reply.loaded.SetInParent()
         if order.snapshot:

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from vtpm import __version__
+from vtpm import __version__, crashpoints
 from vtpm.engine import descriptors, sandbox
 from vtpm.engine.children import Child, Nursery
 from vtpm.engine.exits import EXIT_HIBERNATED
@@ -87,7 +87,8 @@ class EngineHost:
 
     def run(self) -> None:
         """Serve until a daemon says Quit."""
-        self._nursery.thaw = rehearse(self._tpm, self._operations)
+        with crashpoints.held():
+            self._nursery.thaw = rehearse(self._tpm, self._operations)
         # What is here now is shared by all workers: keep the collector from touching, and so copying, those pages.
         gc.collect()
         gc.freeze()
@@ -231,6 +232,7 @@ class EngineHost:
         while child.listen():
             pass
         self._unwatch(child.link.fileno())
+        crashpoints.crash_point("host.after_exit")
         child.link.close()
         status = os.waitstatus_to_exitcode(wait_status)
         exited = pb.WorkerExited(instance=child.instance, epoch=child.epoch, pid=child.pid, status=status)
@@ -357,7 +359,9 @@ class EngineHost:
         child = self._children[request.attach.instance]
         if len(fds) != 2:
             raise ValueError("wrong number of descriptors")
+        crashpoints.crash_point("host.before_attach")
         socket.send_fds(child.link, [ATTACH], fds)
+        crashpoints.crash_point("host.after_attach")
         reply.pid = child.pid
         return []
 

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Final, Protocol
 
+from vtpm import crashpoints
 from vtpm.engine import descriptors
 from vtpm.engine.framing import FrameReader, frame
 from vtpm.engine.interface import PcrValue, PcrValues, Quoted
@@ -164,7 +165,8 @@ def _start_host(path: Path, memory_limit: int, log_path: Path) -> None:
                 cwd="/",
                 env={
                     key: value for key, value in os.environ.items() if key in ("PATH", "LANG", "PYTHONPATH", "LD_LIBRARY_PATH")
-                },
+                }
+                | crashpoints.inherited(os.environ),
             )
     except OSError as error:
         raise EngineError("ENGINE_HOST_START_FAILED", f"the engine host can't be started: {error}") from error

@@ -75,7 +75,7 @@ class Worker:
         self._epoll = select.epoll()
         self._handlers: dict[int, Callable[[], None]] = {}
         self._durable = DurableState(tpm, commits, self._await_daemon)
-        self._channels = DataChannels(tpm, self._durable, self._watch, self._unwatch)
+        self._channels = DataChannels(tpm, self._durable, self._watch, self._unwatch, self._mute)
         self._controls: dict[int, ControlChannel] = {}
         self._platform = VmPlatform(tpm, self)
         self._hibernation = Hibernation(tpm, self._durable, self._channels, self._platform, self, host)
@@ -101,20 +101,24 @@ class Worker:
             self._epoll.unregister(sock.fileno())
         sock.close()
 
+    def _mute(self, sock: socket.socket) -> None:
+        if self._handlers.pop(sock.fileno(), None) is not None:
+            self._epoll.unregister(sock.fileno())
+
     def run(self) -> NoReturn:
         """Serve until told to stop; ends the process."""
         status = EXIT_TPM_FAILED
         try:
-            poll, handlers, partial = self._epoll.poll, self._handlers, self._channels.partial
-            hibernation = self._hibernation
+            poll, handlers, channels = self._epoll.poll, self._handlers, self._channels
+            partial, muted, hibernation = channels.partial, channels.muted, self._hibernation
             while True:
-                ready = poll(1.0 if partial else hibernation.interval_s, _MAX_EVENTS)
+                ready = poll(channels.tick_s() if partial or muted else hibernation.interval_s, _MAX_EVENTS)
                 for fd, _event in ready:
                     handler = handlers.get(fd)
                     if handler is not None:
                         handler()
-                if partial:
-                    self._channels.drop_stalled()
+                if partial or muted:
+                    channels.tick()
                 elif not ready:
                     hibernation.consider()
         except Exit as end:

@@ -36,6 +36,7 @@ from vtpm.engine.interface import (
     Recovered,
     Thaw,
 )
+from vtpm.engine.limits import InstanceLimits
 from vtpm.engine.link import HostLink, WorkerLink
 from vtpm.engine.replacement import FIRST_REPLACEABLE, empty
 from vtpm.engine.software import LIBTPMS
@@ -53,7 +54,14 @@ class Workers:
     """The engine host and its workers, of all engines. `memory_limit` in bytes bounds each worker's data segment."""
 
     def __init__(
-        self, runtime_dir: Path, committer: Committer, *, memory_limit: int, commit_timeout_s: float, command_timeout_s: float
+        self,
+        runtime_dir: Path,
+        committer: Committer,
+        *,
+        memory_limit: int,
+        commit_timeout_s: float,
+        command_timeout_s: float,
+        limits: InstanceLimits,
     ) -> None:
         self._socket_path = runtime_dir / "engine.sock"
         self._log_path = runtime_dir / "engine-host.log"
@@ -61,6 +69,7 @@ class Workers:
         self._memory_limit = memory_limit
         self._commit_timeout_s = commit_timeout_s
         self._command_timeout_s = command_timeout_s
+        self._limits = limits
         self._host: HostLink | None = None
         self._connecting = asyncio.Lock()
         self._found: list[pb.RunningWorker] = []
@@ -110,7 +119,12 @@ class Workers:
             hello = replies[0][0].hello
         self._engines = tuple(hello.engines) or (LIBTPMS,)
         self.libtpms_version, self.host_pid = hello.engine_version, hello.pid
-        self._found = [worker for reply, _ in replies for worker in reply.hello.workers]
+        running = [worker for reply, _ in replies for worker in reply.hello.workers]
+        self._found = [worker for worker in running if "/" not in worker.instance]
+        for worker in running:
+            if "/" in worker.instance:
+                # It was making a TPM for a daemon that is gone: nobody has it, and nobody will ask for it.
+                await (await self._linked()).request(pb.HostRequest(kill=pb.Kill(instance=worker.instance)))
         self._found_parked = [item for reply, _ in replies for item in reply.hello.parked]
         self._ended = [exited for reply, _ in replies for exited in reply.hello.exited if "/" not in exited.instance]
         log.info("engine.host_connected", pid=hello.pid, workers=len(self._found), hibernated=len(self._found_parked))
@@ -311,6 +325,7 @@ class Workers:
             ak_algorithm=order.ak_algorithm,
             idle_timeout_ms=int(order.idle_timeout_s * 1000),
         )
+        self._limits.put_into(load)
         try:
             await link.request(pb.WorkerRequest(load=load))
         except BaseException:
@@ -331,6 +346,7 @@ class Workers:
             snapshot=order.snapshot.blob,
             snapshot_version=order.snapshot.version,
         )
+        self._limits.put_into(load)
         if key in self._links:
             # A daemon before this one gave it to a worker, and ended before the worker had its state.
             link = self._links[key][0]

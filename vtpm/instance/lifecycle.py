@@ -20,6 +20,7 @@ from typing import Final, ParamSpec, TypeVar
 
 import structlog
 
+from vtpm.crashpoints import crash_point
 from vtpm.engine.interface import Engine, Listeners, Loss, Parked, PowerOn, RunningTpm
 from vtpm.errors import ConflictError, EngineError, ErrorKind, FailedPreconditionError, NotFoundError, VtpmError
 from vtpm.instance.running import Running
@@ -414,6 +415,7 @@ class Lifecycle:
         if self.check_fresh is not None:
             await self.blocking(self.check_fresh, record)
         owned = await self.blocking(self.store.acquire, record.id, boot_id=self._boot_id)
+        crash_point("power_on.after_acquire")
         listeners: Listeners | None = None
         try:
             async with self.key_lock:
@@ -439,6 +441,7 @@ class Lifecycle:
             if listeners is not None:
                 listeners.data.close()
                 listeners.control.close()
+        crash_point("power_on.after_load")
         running = self._running_of(owned, tpm)
         self.enter(running)
         if startup_clear and not owned.keys:

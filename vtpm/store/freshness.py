@@ -105,7 +105,7 @@ class Snapshot:
         if row.kind == StateKind.VOLATILE:
             query, values = "SELECT blob FROM snapshots WHERE instance = ?", (row.instance,)
         else:
-            query, values = f"SELECT blob FROM states WHERE instance = ? AND kind = {int(row.kind)}", (row.instance,)
+            query, values = "SELECT blob FROM states WHERE instance = ? AND kind = 1", (row.instance,)
         found = self._connection.execute(query, values).fetchone()
         return digest_of(found[0]) if found else NO_DIGEST
 

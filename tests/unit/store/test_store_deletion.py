@@ -67,7 +67,7 @@ def test_a_crash_right_after_the_erasure_leaves_state_that_nobody_can_open(store
     store.create(new)
     store.close()
 
-    environment = {**os.environ, "VTPM_CRASH_POINT": "delete.after_erase"}
+    environment = {**os.environ, "VTPM_TEST_BUILD": "1", "VTPM_CRASH_POINT": "delete.after_erase"}
     crashed = subprocess.run([sys.executable, "-c", ERASE, url, str(new.id)], env=environment, check=False)
 
     assert crashed.returncode == -signal.SIGKILL
