@@ -80,6 +80,12 @@ class Stock:
             found.link.on_lost = lambda: None
         return found
 
+    async def given(self, pid: int) -> Ready | None:
+        """Return the stocked worker that the engine host has given an instance, of which this end may not be open yet."""
+        while pid not in self._ready and (filling := self._filling) is not None:
+            await asyncio.wait((filling,))
+        return self.take(pid)
+
     def bind(self, ready: Ready, instance: uuid.UUID, epoch: int) -> WorkerLink:
         """Make a stocked worker that of an instance: from now on its commits are that instance's."""
         ready.channel.instance, ready.channel.epoch = instance, epoch

@@ -40,7 +40,7 @@ from vtpm.engine.limits import InstanceLimits
 from vtpm.engine.link import HostLink, WorkerLink
 from vtpm.engine.replacement import FIRST_REPLACEABLE, empty
 from vtpm.engine.software import LIBTPMS
-from vtpm.engine.stock import Ready, Stock
+from vtpm.engine.stock import Stock
 from vtpm.engine.v1 import link_pb2 as pb
 from vtpm.errors import EngineError, ErrorKind, VtpmError
 from vtpm.store.model import KeyRecord, ProfileRecord
@@ -79,8 +79,9 @@ class Workers:
         self._parked: dict[tuple[str, int], EngineEvents] = {}
         self._found_parked: list[pb.ParkedInstance] = []
         self._stock = Stock(committer, self._ask_host)
-        # Stocked workers that the engine host has given an instance that woke.
-        self._given: dict[tuple[str, int], Ready] = {}
+        # Stocked workers, by process id, that the engine host has given an instance that woke.
+        self._given: dict[tuple[str, int], int] = {}
+        self._dead: set[int] = set()
         self._stopping: set[tuple[str, int]] = set()
         self._exits: dict[tuple[str, int], asyncio.Future[int]] = {}
         self._engines: Sequence[str] = ()
@@ -199,8 +200,8 @@ class Workers:
     def on_wake(self, wake: pb.Wake) -> None:
         """See HostEvents."""
         key = wake.instance, wake.epoch
-        if wake.pid and (ready := self._stock.take(wake.pid)) is not None:
-            self._given[key] = ready
+        if wake.pid:
+            self._given[key] = wake.pid
         events = self._parked.get(key)
         if events is not None:
             events.wanted(uuid.UUID(wake.instance), wake.epoch)
@@ -212,6 +213,9 @@ class Workers:
         if waiter is not None and not waiter.done():
             waiter.set_result(exited.status)
         if key not in self._links:
+            if exited.HasField("parked"):
+                # A stocked worker that died with the instance it was given, before anybody here asked it for anything.
+                self._dead.add(exited.pid)
             return
         match exited.status:
             case _ if exited.HasField("parked"):
@@ -366,7 +370,14 @@ class Workers:
     async def _hand_over(self, order: Thaw, key: tuple[str, int], events: EngineEvents) -> WorkerLink:
         """Have a parked instance given to a worker, if the engine host has not done so when it woke."""
         while True:
-            if (given := self._given.pop(key, None)) is not None:
+            pid = self._given.pop(key, 0)
+            given = await self._stock.given(pid) if pid else None
+            if pid in self._dead:
+                self._dead.discard(pid)
+                if given is not None:
+                    given.link.close()
+                continue
+            if given is not None:
                 link = self._stock.bind(given, order.instance, order.epoch)
                 self._hold(link, key, events)
                 return link

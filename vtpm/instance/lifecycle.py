@@ -62,6 +62,8 @@ class Lifecycle:
         self.hub = hub
         # Refuses what is older than the anchor says (vtpm.instance.freshness); None without rollback protection.
         self.check_fresh: Callable[[InstanceRecord], None] | None = None
+        # What happened to instances that are not in the table yet, while what ran on is taken over.
+        self._early: dict[tuple[uuid.UUID, int], list[Callable[[], None]]] | None = {}
         self._boot_id = boot_id
         self._max_running = max_running
         self.thaws = Thaws(self, idle_timeout_s)
@@ -104,8 +106,11 @@ class Lifecycle:
 
     def enter(self, running: Running) -> None:
         """Put into the table of what runs."""
+        early = self._early.pop((running.record.id, running.record.epoch), []) if self._early else []
         self._running[running.record.id] = running
         self._by_ref[str(running.record.id)] = self._by_ref[running.record.name] = running
+        for event in early:
+            event()
 
     def leave(self, record: InstanceRecord) -> Running | None:
         """Take out of the table of what runs."""
@@ -170,6 +175,7 @@ class Lifecycle:
                     f"reset the instance together with its VM: vtpm instance reset {record.name}",
                 )
                 await self.fail(record, loss)
+        self._early = None
         self.sockets.remove_all_but(set(self._running))
 
     async def _adopt(self, record: InstanceRecord, tpm: RunningTpm, attached: bool | None) -> bool:
@@ -210,6 +216,8 @@ class Lifecycle:
 
     def ended(self, instance: uuid.UUID, epoch: int, loss: Loss | None) -> None:
         """See EngineEvents."""
+        if self._too_early(instance, epoch, lambda: self.ended(instance, epoch, loss)):
+            return
         running = self._running.get(instance)
         if running is None or running.record.epoch != epoch:
             return
@@ -222,15 +230,25 @@ class Lifecycle:
 
     def hibernated(self, parked: Parked) -> None:
         """See EngineEvents."""
-        self.thaws.hibernated(parked)
+        if not self._too_early(parked.instance, parked.epoch, lambda: self.thaws.hibernated(parked)):
+            self.thaws.hibernated(parked)
+
+    def _too_early(self, instance: uuid.UUID, epoch: int, event: Callable[[], None]) -> bool:
+        """While what ran on is taken over: keep what happens to an instance until it is in the table."""
+        if self._early is None or instance in self._running:
+            return False
+        self._early.setdefault((instance, epoch), []).append(event)
+        return True
 
     def wanted(self, instance: uuid.UUID, epoch: int) -> None:
         """See EngineEvents."""
-        self.thaws.wanted(instance, epoch)
+        if not self._too_early(instance, epoch, lambda: self.thaws.wanted(instance, epoch)):
+            self.thaws.wanted(instance, epoch)
 
     def parking_lost(self, instance: uuid.UUID, epoch: int) -> None:
         """See EngineEvents."""
-        self.thaws.parking_lost(instance, epoch)
+        if not self._too_early(instance, epoch, lambda: self.thaws.parking_lost(instance, epoch)):
+            self.thaws.parking_lost(instance, epoch)
 
     def imported(self, instance: uuid.UUID, epoch: int) -> None:
         """See EngineEvents."""
