@@ -128,13 +128,13 @@ class DataChannels:
                         untimed -= 1
                         response = process(size)
                         if tpm.dirty:
-                            commit()
+                            commit(ordinal, response)
                     else:
                         untimed = UNTIMED
                         start = now()
                         response = process(size)
                         if tpm.dirty:
-                            commit()
+                            commit(ordinal, response)
                         stats.time(ordinal, now() - start)
                     if ordinal in counts:
                         counts[ordinal] += 1
@@ -225,7 +225,7 @@ class DataChannels:
         start = time.perf_counter_ns()
         response = self._tpm.process_in_place(size)
         if self._tpm.dirty:
-            self._durable.commit()
+            self._durable.commit(ordinal, response)
         self.stats.time(ordinal, time.perf_counter_ns() - start)
         self.stats.count(ordinal)
         return response

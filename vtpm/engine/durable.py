@@ -17,15 +17,28 @@ from vtpm.engine.exits import EXIT_COMMIT_REFUSED, EXIT_COMMIT_TIMEOUT, Exit
 from vtpm.engine.framing import FrameReader, frame
 from vtpm.engine.v1 import link_pb2 as pb
 from vtpm.seal.envelope import Place, StateKind, seal, unseal
+from vtpm.tpm.codes import TPM_RC_SUCCESS, CommandCode
+from vtpm.tpm.command import HEADER
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vtpm.engine.software import SoftwareTpm
+    from vtpm.engine.software import Response, SoftwareTpm
 
 # As long as a disk takes to sync.
 _SYNC_NS: Final = 250_000
 _COMMITS_ASLEEP: Final = 200
+# Looked for only where the permanent state has changed. Nearly every NV write is another's.
+_IDENTITY_COMMANDS: Final = frozenset(
+    int(code)
+    for code in (
+        CommandCode.ChangeEPS,
+        CommandCode.ChangePPS,
+        CommandCode.Clear,
+        CommandCode.HierarchyChangeAuth,
+        CommandCode.EvictControl,
+    )
+)
 
 
 class DurableState:
@@ -40,6 +53,9 @@ class DurableState:
         self.version = 0
         self._data_key = b""
         self._timeout_s = 60.0
+        # Commands that may have ended a key's life and that no daemon has taken; who is told of the first of them.
+        self.identity_ordinals: set[int] = set()
+        self.on_identity: Callable[[], None] = lambda: None
         # Whether the last commit shared its sync with nobody, and for how many more the worker waits asleep.
         self._alone = False
         self._asleep = 0
@@ -65,13 +81,23 @@ class DurableState:
         self._timeout_s = order.commit_timeout_ms / 1000
         return permanent
 
+    def derive(self, make: Callable[[bytes, uuid.UUID], bytes]) -> bytes:
+        """Return what `make` makes of the data key and the instance; the key itself is not given away."""
+        return make(self._data_key, self.instance)
+
     def settle(self) -> None:
         """Commit if the TPM has changed; a TPM that is just being manufactured has nowhere to commit to."""
         if self._tpm.dirty and self._data_key:
             self.commit()
 
-    def commit(self) -> None:
-        """Seal the permanent state and have it made durable."""
+    def commit(self, ordinal: int = 0, response: Response | bytes = b"") -> None:
+        """Seal the permanent state and have it made durable; `ordinal` and `response` are of the command that changed it."""
+        if ordinal in _IDENTITY_COMMANDS and HEADER.unpack_from(response)[2] == TPM_RC_SUCCESS:
+            # Before the commit: whoever learns of it asks this thread, which answers when it is durable.
+            told = bool(self.identity_ordinals)
+            self.identity_ordinals.add(ordinal)
+            if not told:
+                self.on_identity()
         tpm = self._tpm
         assert tpm.permanent is not None
         self.version += 1

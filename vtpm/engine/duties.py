@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, Protocol
 
 from vtpm.engine.exits import EXIT_STOPPED, Exit
+from vtpm.engine.provisioning import Provisioning
 from vtpm.engine.stats import UNKNOWN_ORDINAL
 from vtpm.engine.v1 import link_pb2 as pb
 from vtpm.errors import FailedPreconditionError, InvalidArgumentError, TpmError, VtpmError
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
     from vtpm.engine.software import SoftwareTpm
 
 MAX_EVENT_LOG_SIZE: Final = 256 << 10
-_NEED_POWER: Final = frozenset(("read_pcrs", "quote", "measure", "get_event_log", "get_keys", "hash_sequence"))
+_NEED_POWER: Final = frozenset(
+    ("read_pcrs", "quote", "measure", "get_event_log", "get_keys", "hash_sequence", "write_nv", "read_nv")
+)
 _RUN_COMMANDS: Final = _NEED_POWER | {"execute"}
 
 
@@ -80,6 +83,8 @@ class Duties:
             "get_keys": self._get_keys,
             "stop": self._stop,
         }
+        self._provisioning = Provisioning(tpm, operations, durable)
+        self._requests |= self._provisioning.requests
 
     def forget(self) -> None:
         """Forget what was measured; PCRs are fresh after each power on."""
@@ -129,8 +134,13 @@ class Duties:
             [KeyAlgorithm(name) for name in order.ek_algorithms],
             KeyAlgorithm(order.ak_algorithm),
             [PcrBank.from_name(name) for name in order.pcr_banks],
+            hold=order.hold,
         )
-        reply.manufactured.sealed = self._durable.seal_first(order)
+        keys += [self._operations.make_extra_key(KeyAlgorithm(key.algorithm), key.handle) for key in order.extra_keys]
+        if order.hold:
+            reply.manufactured.properties.CopyFrom(self._provisioning.properties())
+        else:
+            reply.manufactured.sealed = self._durable.seal_first(order)
         _add_keys(reply.manufactured, keys)
 
     def _load(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:
@@ -161,6 +171,7 @@ class Duties:
         reply.status.epoch, reply.status.version = self._durable.epoch, self._durable.version
         reply.status.attached = self._power.attached
         reply.status.imported = self._power.imported
+        reply.status.identity_touched = bool(self._durable.identity_ordinals)
         if request.get_status.counts:
             self._channels.stats.drain(reply.status)
 
@@ -191,6 +202,9 @@ class Duties:
     def _get_keys(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:
         reply.keys.SetInParent()
         _add_keys(reply.keys, self._operations.keys())
+        if request.get_keys.take_ordinals:
+            reply.keys.identity_ordinals.extend(sorted(self._durable.identity_ordinals))
+            self._durable.identity_ordinals.clear()
         reply.keys.pcr_banks.extend(bank.hash_name for bank in self._operations.banks())
 
     def _read_pcrs(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:

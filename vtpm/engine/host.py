@@ -38,6 +38,7 @@ PROTOCOL: Final = 2
 MAX_MESSAGE_SIZE: Final = 64 << 10
 _WORKERS_A_MESSAGE: Final = 500
 _MAX_DESCRIPTORS: Final = 4
+_MAX_NICE: Final = 19
 
 
 @dataclass(slots=True)
@@ -192,6 +193,7 @@ class EngineHost:
         parent = os.getpid()
         pid = os.fork()
         if pid == 0:
+            os.nice(min(order.nice, _MAX_NICE))
             self._become_worker(parent, [worker_end.fileno(), *fds], order if engine == TPM_SERVER else None)
         worker_end.close()
         child = _Child(order.instance, order.epoch, engine, pid, os.pidfd_open(pid), link)

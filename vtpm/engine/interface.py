@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from vtpm.engine.identity import Certify, ExtraKey
 from vtpm.engine.v1 import link_pb2 as pb
 from vtpm.store.model import KeyRecord, ProfileRecord, SealedState, StateCommit
+from vtpm.tpm.nv import NvEntry
 from vtpm.tpm.pcr import PcrBank, PcrSelection
 from vtpm.tpm.ptm import ControlCommand
 
@@ -121,6 +123,9 @@ class EngineEvents(Protocol):
     def imported(self, instance: uuid.UUID, epoch: int) -> None:
         """The VM's side has put another TPM's state in the place of the instance's."""
 
+    def identity_touched(self, instance: uuid.UUID, epoch: int) -> None:
+        """The VM's side has run a command that may end a key's life; `RunningTpm.take_identity` says which."""
+
 
 class RunningTpm(Protocol):
     """A powered-on TPM. Every method raises EngineError when the TPM is gone and TpmError when it refuses."""
@@ -152,6 +157,15 @@ class RunningTpm(Protocol):
     async def keys(self) -> tuple[tuple[KeyRecord, ...], tuple[str, ...]]:
         """Return the persistent EKs and the AK, and the names of the PCR banks, as the TPM has them now."""
 
+    async def take_identity(self) -> tuple[tuple[KeyRecord, ...], tuple[int, ...]]:
+        """Return the keys as `keys` does, and the commands (TPM_CC) that may have changed them, each told once."""
+
+    async def write_nv(self, index: int, data: bytes) -> None:
+        """Write an index that has an auth value of the service's, between two guest commands; zeros follow `data`."""
+
+    async def read_nv(self, index: int, *, secret_auth: bool = False) -> bytes:
+        """Read an index by its own auth, which is empty or the service's."""
+
     async def attach(self, connection: socket.socket) -> None:
         """Serve a control connection of the VM, whose end powers the TPM off."""
 
@@ -169,8 +183,22 @@ class Engine(Protocol):
     async def start(self, events: EngineEvents) -> Recovered:
         """Begin; return what happened without a daemon."""
 
-    async def manufacture(self, instance: uuid.UUID, profile: ProfileRecord, data_key: bytes) -> Manufactured:
-        """Make a new TPM and return it sealed; nothing of it runs on."""
+    async def manufacture(
+        self,
+        instance: uuid.UUID,
+        profile: ProfileRecord,
+        data_key: bytes,
+        *,
+        certify: Certify | None = None,
+        extra_keys: Sequence[ExtraKey] = (),
+        nice: int = 0,
+    ) -> Manufactured:
+        """Make a new TPM and return it sealed; nothing of it runs on. `certify` is asked what its NV holds."""
+
+    async def reprovision(
+        self, instance: uuid.UUID, state: SealedState, data_key: bytes, entries: Sequence[NvEntry]
+    ) -> SealedState:
+        """Define and write NV indices anew in a TPM that does not run; return its state at the next version of its epoch."""
 
     async def power_on(self, order: PowerOn) -> RunningTpm:
         """Run a TPM from its sealed state.

@@ -183,6 +183,7 @@ class WorkerLink(asyncio.Protocol):
         # How a control connection gets to this worker, and who hears that its state was replaced.
         self.attacher: Callable[[socket.socket], Awaitable[None]] | None = None
         self.on_imported: Callable[[], None] = lambda: None
+        self.on_identity_touched: Callable[[], None] = lambda: None
 
     @classmethod
     async def open(cls, instance: uuid.UUID, sock: socket.socket) -> WorkerLink:
@@ -206,6 +207,9 @@ class WorkerLink(asyncio.Protocol):
         for reply in replies:
             if reply.HasField("imported"):
                 self.on_imported()
+                continue
+            if reply.HasField("identity_touched"):
+                self.on_identity_touched()
                 continue
             future = self._pending.pop(reply.id, None)
             if future is not None and not future.done():
@@ -292,6 +296,21 @@ class WorkerLink(asyncio.Protocol):
         found = (await self.request(pb.WorkerRequest(get_keys=pb.GetKeys()))).keys
         keys = tuple(KeyRecord(key.role, key.algorithm, key.handle, key.tpmt_public) for key in found.keys)
         return keys, tuple(found.pcr_banks)
+
+    async def take_identity(self) -> tuple[tuple[KeyRecord, ...], tuple[int, ...]]:
+        """See RunningTpm."""
+        found = (await self.request(pb.WorkerRequest(get_keys=pb.GetKeys(take_ordinals=True)))).keys
+        keys = tuple(KeyRecord(key.role, key.algorithm, key.handle, key.tpmt_public) for key in found.keys)
+        return keys, tuple(found.identity_ordinals)
+
+    async def write_nv(self, index: int, data: bytes) -> None:
+        """See RunningTpm."""
+        await self.request(pb.WorkerRequest(write_nv=pb.WriteNv(index=index, data=data)))
+
+    async def read_nv(self, index: int, *, secret_auth: bool = False) -> bytes:
+        """See RunningTpm."""
+        order = pb.ReadNv(index=index, secret_auth=secret_auth)
+        return (await self.request(pb.WorkerRequest(read_nv=order))).nv_contents.data
 
     async def attach(self, connection: socket.socket) -> None:
         """See RunningTpm."""

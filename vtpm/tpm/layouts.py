@@ -1,0 +1,55 @@
+"""Where a TPM's certificates are in NV, by whom they are looked for: the TCG's places, Azure's, Google Cloud's."""
+
+from __future__ import annotations
+
+import enum
+from typing import Final
+
+from vtpm.tpm.keys import KeyAlgorithm
+from vtpm.tpm.nv import MAX_NV_INDEX_SIZE, NvAttribute, NvEntry
+
+
+class NvLayout(enum.StrEnum):
+    """The layouts, by the names of vtpm.v1.NvLayout."""
+
+    TCG = "TCG"
+    AZURE = "AZURE"
+    GCE = "GCE"
+
+
+# TCG EK Credential Profile 2.5, 2.2.1.4 and 2.2.1.5; PC Client Platform TPM Profile, 4.6.
+EK_CERTIFICATES: Final = {
+    KeyAlgorithm.RSA_2048: 0x01C00002,
+    KeyAlgorithm.ECC_P256: 0x01C0000A,
+    KeyAlgorithm.ECC_P384: 0x01C00016,
+    KeyAlgorithm.RSA_3072: 0x01C0001C,
+}
+PLATFORM_CERTIFICATE: Final = 0x01C08000
+# No specification of the TCG has a place for the certificate of a service's AK. These are where Google Cloud's agents look.
+AK_CERTIFICATES: Final = {KeyAlgorithm.RSA_2048: 0x01C10000, KeyAlgorithm.ECC_P256: 0x01C10002}
+
+_COMMON: Final = NvAttribute.PLATFORM_CREATE | NvAttribute.WRITTEN | NvAttribute.OWNER_READ | NvAttribute.NO_DA
+# Written once and for all, readable by everybody: what swtpm_setup --lock-nvram makes too.
+FIXED: Final = (
+    _COMMON
+    | NvAttribute.AUTH_READ
+    | NvAttribute.PP_READ
+    | NvAttribute.PP_WRITE
+    | NvAttribute.WRITE_DEFINE
+    | NvAttribute.WRITE_LOCKED
+)
+# Written again while the guest runs, by an auth value that only the service knows; read by the owner.
+RENEWED: Final = _COMMON | NvAttribute.AUTH_READ | NvAttribute.AUTH_WRITE | NvAttribute.PP_READ | NvAttribute.PP_WRITE
+# A certificate that is issued again has a signature of another length now and then.
+_ROOM: Final = 64
+
+
+def fixed_entry(index: int, data: bytes) -> NvEntry:
+    """Return an index that is written once, just as large as its data."""
+    return NvEntry(index, FIXED, data, size=len(data))
+
+
+def renewed_entry(index: int, certificate: bytes) -> NvEntry:
+    """Return an index whose certificate the service writes again; zeros follow it."""
+    size = min(len(certificate) + _ROOM, MAX_NV_INDEX_SIZE)
+    return NvEntry(index, RENEWED, certificate, size=size, secret_auth=True)
