@@ -122,3 +122,35 @@ class Filter:
             and record.name.startswith(self.name_prefix or "")
             and all(record.labels.get(key) == value for key, value in self.labels.items())
         )
+
+
+@dataclass(frozen=True, slots=True)
+class CertificateRecord:
+    """A certificate that was issued. `kind` is a name of vtpm.pki.model.CertificateKind, `algorithm` that of the certified key,
+    empty for PLATFORM; `current` says that it is the one in force for its key. Times are aware, in UTC."""
+
+    serial: int
+    instance: uuid.UUID
+    kind: str
+    algorithm: str
+    der: bytes
+    not_before: dt.datetime
+    not_after: dt.datetime
+    issuer_key_id: bytes
+    revoked_at: dt.datetime | None = None
+    revocation_reason: str = ""
+    current: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class AuthorityRecord:
+    """A certificate authority. `role` is ROOT or ISSUING; `state` CURRENT, RETIRED or PENDING; `chain` PEM, its own certificate
+    first; `signer` SEALED (`key` is the sealed private key) or PKCS11 (`key` is the key's URI)."""
+
+    id: uuid.UUID
+    role: str
+    state: str
+    key_id: bytes
+    chain: str
+    signer: str
+    key: bytes = field(repr=False)

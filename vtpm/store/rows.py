@@ -15,6 +15,11 @@ def now() -> dt.datetime:
     return dt.datetime.now(dt.UTC).replace(tzinfo=None)
 
 
+def utc(moment: dt.datetime) -> dt.datetime:
+    """Return a time of the database as an aware one."""
+    return moment.replace(tzinfo=dt.UTC)
+
+
 def dump_failure(failure: Failure | None) -> str:
     """Write a failure down; none is empty."""
     if failure is None:

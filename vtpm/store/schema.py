@@ -6,6 +6,7 @@ from typing import Final
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     Column,
     DateTime,
     ForeignKey,
@@ -77,4 +78,56 @@ requests: Final = Table(
     Column("instance", Uuid, nullable=False),
     Column("fingerprint", LargeBinary, nullable=False),
     Column("created_at", DateTime, nullable=False, index=True),
+)
+
+# Not bound to `instances`: a certificate outlives its instance, as the CRL must name it until it expires.
+certificates: Final = Table(
+    "certificates",
+    metadata,
+    # 40 hexadecimal digits: no engine has integers of this size.
+    Column("serial", String(40), primary_key=True),
+    Column("instance", Uuid, nullable=False, index=True),
+    Column("kind", String(16), nullable=False),
+    Column("algorithm", String(16), nullable=False),
+    Column("der", LargeBinary, nullable=False),
+    Column("not_before", DateTime, nullable=False),
+    Column("not_after", DateTime, nullable=False, index=True),
+    Column("issuer_key_id", LargeBinary, nullable=False),
+    Column("revoked_at", DateTime, nullable=True, index=True),
+    Column("revocation_reason", String(32), nullable=False),
+    Column("current", Boolean, nullable=False),
+)
+
+authorities: Final = Table(
+    "authorities",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    # ROOT or ISSUING.
+    Column("role", String(16), nullable=False),
+    # CURRENT, RETIRED (signs CRLs only), or PENDING (a request whose certificate has not come back).
+    Column("state", String(16), nullable=False),
+    Column("key_id", LargeBinary, nullable=False),
+    # PEM, this CA's certificate first, the root's last; empty while PENDING.
+    Column("chain", Text, nullable=False),
+    # SEALED: `key` is the sealed private key; PKCS11: `key` is the URI of the key.
+    Column("signer", String(16), nullable=False),
+    Column("key", LargeBinary, nullable=False),
+    Column("created_at", DateTime, nullable=False),
+)
+
+# The wrapped data keys that seal private keys of authorities.
+authority_keys: Final = Table(
+    "authority_keys",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("provider", String(64), nullable=False),
+    Column("key_id", String(128), nullable=False),
+    Column("blob", LargeBinary, nullable=False),
+)
+
+counters: Final = Table(
+    "counters",
+    metadata,
+    Column("name", String(32), primary_key=True),
+    Column("value", BigInteger, nullable=False),
 )

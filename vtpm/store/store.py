@@ -19,10 +19,12 @@ from vtpm.errors import AlreadyExistsError, ConflictError, FailedPreconditionErr
 from vtpm.seal.envelope import StateKind
 from vtpm.seal.keys import WrappedKey
 from vtpm.store import database
+from vtpm.store.authorities import Authorities
+from vtpm.store.certificates import Certificates
 from vtpm.store.commits import StateCommits
 from vtpm.store.model import Failure, Filter, InstanceRecord, InstanceState, KeyRecord, NewInstance, SealedState, StateCommit
 from vtpm.store.rows import dump_failure, dump_keys, dump_profile, now, to_record
-from vtpm.store.schema import data_keys, instances, labels, requests, states
+from vtpm.store.schema import authority_keys, certificates, data_keys, instances, labels, requests, states
 
 log: Final = structlog.get_logger("vtpm.store")
 
@@ -38,6 +40,8 @@ class Store:
         self._read_engine = read
         self._write_engine = write
         self._commits = StateCommits(sa.make_url(url).database or "", url)
+        self.certificates = Certificates(url, read, write)
+        self.authorities = Authorities(url, read, write)
 
     @classmethod
     def open(cls, url: str) -> Store:
@@ -82,7 +86,8 @@ class Store:
     def is_empty(self) -> bool:
         """Whether nothing was ever sealed into this store and kept."""
         with self._reading() as connection:
-            return connection.execute(sa.select(data_keys.c.instance).limit(1)).first() is None
+            keys = (sa.select(data_keys.c.instance).limit(1), sa.select(authority_keys.c.id).limit(1))
+            return all(connection.execute(query).first() is None for query in keys)
 
     def get(self, ref: str) -> InstanceRecord:
         """Return the instance that `ref` names: `instances/…`, id or name.
@@ -347,6 +352,7 @@ class Store:
                 )  # fmt: skip
             self._change(connection, instance, {"state": _DELETING}, revision=revision)
             connection.execute(sa.delete(data_keys).where(data_keys.c.instance == instance))
+            self.certificates.revoke_rows(connection, certificates.c.instance == instance, "cessationOfOperation", now())
             crash_point("delete.before_erase")
         self._finish_deletions()
         return record
