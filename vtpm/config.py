@@ -118,6 +118,20 @@ class Settings(BaseSettings):
         description="Whose calls on `vsock_port` go where: CID of the VM to instance name or id. JSON in a flag or variable.",
     )
 
+    pool_size: int = Field(
+        default=4,
+        ge=0,
+        le=1000,
+        description="How many TPMs of the default profile are kept ready, so that a creation need not make one; 0: none.",
+    )
+    platform_manufacturer: str = Field(
+        default="vTPM", min_length=1, max_length=256, description="What platform certificates name as the VMs' manufacturer."
+    )
+    platform_model: str = Field(
+        default="vTPM VM", min_length=1, max_length=256, description="What they name as model, unless a creation says another."
+    )
+    platform_version: str = Field(default="1", min_length=1, max_length=256, description="What they name as version.")
+
     @classmethod
     def settings_customise_sources(
         cls,

@@ -20,7 +20,7 @@ GUEST_AK: Final = "GUEST_AK"
 
 @dataclass(frozen=True, slots=True)
 class TpmProperties:
-    """What a TPM tells of itself: TPM_PT_MANUFACTURER, the vendor strings together, TPM_PT_FIRMWARE_VERSION_1, TPM_PT_REVISION."""
+    """TPM_PT_MANUFACTURER, the vendor strings together, TPM_PT_FIRMWARE_VERSION_1 and TPM_PT_REVISION, as the TPM tells."""
 
     manufacturer: int
     vendor: str

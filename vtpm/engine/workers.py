@@ -92,7 +92,12 @@ class Workers:
             )
         self._engines = tuple(hello.engines) or (LIBTPMS,)
         self.libtpms_version, self.host_pid = hello.engine_version, hello.pid
-        self._found = [worker for reply, _ in replies for worker in reply.hello.workers]
+        found = [worker for reply, _ in replies for worker in reply.hello.workers]
+        self._found = [worker for worker in found if "/" not in worker.instance]
+        for worker in found:
+            if "/" in worker.instance:
+                # It was making or provisioning a TPM for a daemon that is gone: nobody waits for that any more.
+                await self._host.request(pb.HostRequest(kill=pb.Kill(instance=worker.instance)))
         self._ended = [exited for reply, _ in replies for exited in reply.hello.exited if "/" not in exited.instance]
         log.info("engine.host_connected", pid=hello.pid, workers=len(self._found))
 

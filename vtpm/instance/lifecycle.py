@@ -23,6 +23,8 @@ import structlog
 
 from vtpm.engine.interface import Engine, Listeners, Loss, PowerOn, RunningTpm
 from vtpm.errors import ConflictError, EngineError, ErrorKind, FailedPreconditionError, NotFoundError, VtpmError
+from vtpm.instance.keeper import IdentityKeeper
+from vtpm.instance.renewal import Renewal
 from vtpm.instance.sockets import InstanceSockets
 from vtpm.instance.watch import ChangeHub
 from vtpm.seal.keys import KeyProvider
@@ -75,12 +77,19 @@ class Lifecycle:
         self._ends: dict[uuid.UUID, asyncio.Task[None]] = {}
         # Between wrapping or reading a data key and its use the key-encryption key must not be rotated away.
         self.key_lock = asyncio.Lock()
+        # What looks after the instances' certificates, if anything does; set by `look_after`.
+        self._keeper: IdentityKeeper | None = None
+        self._renewal: Renewal | None = None
         # Why threads: the store's calls block on the disk.
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="vtpm-store")
 
     async def blocking(self, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
         """Run a blocking call of the store or a key provider outside the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, functools.partial(function, *args, **kwargs))
+
+    def look_after(self, keeper: IdentityKeeper, renewal: Renewal) -> None:
+        """Have certified keys looked after from now on; before `recover`."""
+        self._keeper, self._renewal = keeper, renewal
 
     def lock(self, instance: uuid.UUID) -> asyncio.Lock:
         """The lock that every change of power takes."""
@@ -138,8 +147,11 @@ class Lifecycle:
                     continue
                 self._enter(Running(record, adopted.tpm))
                 log.info("instance.adopted", instance=str(record.id), name=record.name, epoch=record.epoch)
-                if (await adopted.tpm.status()).imported:
+                status = await adopted.tpm.status()
+                if status.imported:
                     self.imported(record.id, record.epoch)
+                if status.identity_touched:
+                    self.identity_touched(record.id, record.epoch)
         for record in await self.blocking(self.store.owned):
             if record.id in self._running:
                 continue
@@ -177,16 +189,23 @@ class Lifecycle:
             return
         self._leave(running.record)
         end = self._fail(running.record, loss) if loss is not None else self._powered_off(running.record)
-        self._ends[instance] = task = self._later(end)
+        self._ends[instance] = task = self.later(end)
         task.add_done_callback(lambda _task: self._ends.pop(instance, None))
 
     def imported(self, instance: uuid.UUID, epoch: int) -> None:
         """See EngineEvents."""
         running = self._running.get(instance)
         if running is not None and running.record.epoch == epoch:
-            self._later(self._refresh_keys(running))
+            self.later(self._refresh_keys(running))
 
-    def _later(self, action: Coroutine[None, None, None]) -> asyncio.Task[None]:
+    def identity_touched(self, instance: uuid.UUID, epoch: int) -> None:
+        """See EngineEvents."""
+        running = self._running.get(instance)
+        if running is not None and running.record.epoch == epoch and self._keeper is not None:
+            self.later(self._keeper.touched(running))
+
+    def later(self, action: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        """Run `action` by itself, until the daemon ends."""
         task = asyncio.get_running_loop().create_task(action)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -203,8 +222,12 @@ class Lifecycle:
             keys = ()
         if keys == running.record.keys and banks in ((), running.record.profile.pcr_banks):
             return
+        before = running.record
         record = await self.blocking(self.store.set_keys, running.record.id, keys, banks)
         self.refresh(record)
+        if self._keeper is not None:
+            await self._keeper.replaced(before, record)
+            record = running.record
         log.info("instance.keys_changed", instance=str(record.id), name=record.name)
         self.hub.publish("UPDATED", record)
 
@@ -346,6 +369,8 @@ class Lifecycle:
                 remedy="stop others or raise max_running",
                 kind=ErrorKind.RESOURCE_EXHAUSTED,
             )
+        if self._renewal is not None:
+            await self._renewal.before_power_on(record)
         owned = await self.blocking(self.store.acquire, record.id, boot_id=self._boot_id)
         listeners: Listeners | None = None
         try:

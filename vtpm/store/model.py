@@ -47,6 +47,25 @@ class ProfileRecord:
     ek_algorithms: tuple[str, ...]
     ak_algorithm: str
     pcr_banks: tuple[str, ...]
+    # A name of vtpm.tpm.layouts.NvLayout.
+    nv_layout: str = "TCG"
+
+
+class IdentityState(enum.StrEnum):
+    """What the service can say of a TPM's keys: nothing, that it certified them, or that they are no longer those."""
+
+    UNCERTIFIED = "UNCERTIFIED"
+    CERTIFIED = "CERTIFIED"
+    CHANGED = "CHANGED"
+
+
+@dataclass(frozen=True, slots=True)
+class PlatformRecord:
+    """What an instance's platform certificate says that its VM is."""
+
+    manufacturer: str = ""
+    model: str = ""
+    version: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +86,8 @@ class InstanceRecord:
     revision: int
     created_at: dt.datetime
     updated_at: dt.datetime
+    platform: PlatformRecord = PlatformRecord()
+    identity: IdentityState = IdentityState.UNCERTIFIED
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +104,9 @@ class NewInstance:
     sealed: bytes = field(repr=False)
     request_id: str = ""
     fingerprint: bytes = b""
+    platform: PlatformRecord = PlatformRecord()
+    identity: IdentityState = IdentityState.UNCERTIFIED
+    certificates: tuple[CertificateRecord, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,3 +178,27 @@ class AuthorityRecord:
     chain: str
     signer: str
     key: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class PoolMember:
+    """A TPM that waits for an instance to become; `key` says what it is good for."""
+
+    id: uuid.UUID
+    key: str
+    created_at: dt.datetime
+
+
+@dataclass(frozen=True, slots=True)
+class PoolClaim:
+    """What a pooled TPM becomes. An empty name is made from its id. `state` replaces the sealed state of the version before
+    it, `certificates` those in force for the same keys."""
+
+    id: uuid.UUID
+    name: str
+    labels: Mapping[str, str]
+    platform: PlatformRecord
+    request_id: str = ""
+    fingerprint: bytes = b""
+    state: SealedState | None = None
+    certificates: tuple[CertificateRecord, ...] = ()

@@ -28,7 +28,7 @@ instances: Final = Table(
     metadata,
     Column("id", Uuid, primary_key=True),
     Column("name", String(63), nullable=False, unique=True),
-    # OFF, ON, FAILED, or DELETING: the data key is gone and the rest is about to be.
+    # OFF, ON, FAILED; DELETING: the data key is gone and the rest is about to be; POOLED: nobody's yet (vtpm.store.pool).
     Column("state", String(16), nullable=False, index=True),
     Column("failure", Text, nullable=False),
     Column("profile", Text, nullable=False),
@@ -39,6 +39,17 @@ instances: Final = Table(
     Column("revision", BigInteger, nullable=False),
     Column("created_at", DateTime, nullable=False),
     Column("updated_at", DateTime, nullable=False),
+    Column("platform", Text, nullable=False, server_default=""),
+    Column("identity", String(16), nullable=False, server_default="UNCERTIFIED"),
+)
+
+# TPMs that wait for an instance to become: rows of `instances` in the state POOLED. `key` says what they are good for.
+pool: Final = Table(
+    "pool",
+    metadata,
+    Column("instance", Uuid, ForeignKey("instances.id"), primary_key=True),
+    Column("key", String(64), nullable=False),
+    Column("created_at", DateTime, nullable=False),
 )
 
 labels: Final = Table(

@@ -150,7 +150,7 @@ def flush_command(handle: int) -> bytes:
 
 
 def activate_credential_command(ak: int, ek: int, session: int | None, credential: Credential) -> bytes:
-    """Return TPM2_ActivateCredential of objects with empty auths; `session` has satisfied the EK's policy, None: by its auth."""
+    """Return TPM2_ActivateCredential; `session` has satisfied the EK's policy, with None its auth is used, which is empty."""
     sessions = _PASSWORD + (_PASSWORD if session is None else _U32.pack(session) + _USE_AND_END)
     body = struct.pack(">III", ak, ek, len(sessions)) + sessions
     return build(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from typing import Final
 
 from vtpm.tpm.keys import KeyAlgorithm
@@ -53,3 +54,29 @@ def renewed_entry(index: int, certificate: bytes) -> NvEntry:
     """Return an index whose certificate the service writes again; zeros follow it."""
     size = min(len(certificate) + _ROOM, MAX_NV_INDEX_SIZE)
     return NvEntry(index, RENEWED, certificate, size=size, secret_auth=True)
+
+
+def entries(layout: NvLayout, certificates: Mapping[tuple[str, str], bytes]) -> list[NvEntry]:
+    """Return what the NV of a new TPM holds: `certificates` are DER, by the role of the certified key and its algorithm.
+
+    Roles are EK, AK, PLATFORM (with an empty algorithm).
+    """
+    found = []
+    for (role, algorithm), der in certificates.items():
+        match role:
+            case "EK":
+                found.append(fixed_entry(EK_CERTIFICATES[KeyAlgorithm(algorithm)], der))
+            case "PLATFORM" if layout is NvLayout.TCG:
+                found.append(fixed_entry(PLATFORM_CERTIFICATE, der))
+            case _:
+                found += renewed_entries(layout, role, algorithm, der)
+    return found
+
+
+def renewed_entries(layout: NvLayout, role: str, algorithm: str, der: bytes) -> list[NvEntry]:
+    """Return what of a layout has a certificate that is renewed, DER."""
+    match layout, role:
+        case NvLayout.TCG, "AK":
+            return [renewed_entry(AK_CERTIFICATES[KeyAlgorithm(algorithm)], der)]
+        case _:
+            return []

@@ -1,0 +1,94 @@
+"""What a guest does to its TPM's keys is noticed: certificates of keys that are gone for good are revoked.
+
+TPM2_ChangeEPS ends every EK, TPM2_ChangePPS the service's AK: nobody can make them again. TPM2_Clear and TPM2_EvictControl only
+remove them from their handles; the same template makes the same key again, so their certificates stay what they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
+
+import structlog
+
+from vtpm.errors import VtpmError
+from vtpm.instance.certification import AK, PLATFORM
+from vtpm.store.model import CertificateRecord, IdentityState, InstanceRecord, KeyRecord
+from vtpm.tpm.codes import CommandCode
+
+if TYPE_CHECKING:
+    from vtpm.instance.identity import Identity
+    from vtpm.instance.lifecycle import Lifecycle, Running
+
+log: Final = structlog.get_logger("vtpm.instance")
+
+# The keys do not exist any more, and nobody else has them (RFC 5280, 5.3.1).
+REASON: Final = "cessationOfOperation"
+
+
+class IdentityKeeper:
+    """Keeps what the store says of an instance's keys true. Used from the event loop only."""
+
+    def __init__(self, lifecycle: Lifecycle, identity: Identity) -> None:
+        self._lifecycle = lifecycle
+        self._identity = identity
+        self._store = lifecycle.store
+
+    async def touched(self, running: Running) -> None:
+        """The guest has run a command that may have ended keys: look at them anew."""
+        try:
+            present, ordinals = await running.tpm.take_identity()
+        except VtpmError as error:
+            # Its end is reported elsewhere.
+            log.warning("identity.unknown", instance=str(running.record.id), reason=error.reason)
+            return
+        async with self._lifecycle.lock(running.record.id):
+            record = running.record
+            ended_roles = set()
+            if CommandCode.ChangeEPS in ordinals:
+                ended_roles |= {"EK", "GUEST_AK"}
+            if CommandCode.ChangePPS in ordinals:
+                ended_roles |= {AK}
+            publics = {key.tpmt_public for key in present}
+            ended = {key.tpmt_public for key in record.keys if key.role in ended_roles} - publics
+            keys = list(present)
+            for key in record.keys:
+                if key.tpmt_public not in publics and key.tpmt_public not in ended:
+                    # Not persistent any more; who wants it makes it again.
+                    keys.append(dataclasses.replace(key, handle=0))
+            await self._write_down(record, keys, ended)
+
+    async def replaced(self, before: InstanceRecord, after: InstanceRecord) -> None:
+        """Another TPM's state was put in the place of the instance's, whose keys are now those of `after`."""
+        known = {key.tpmt_public for key in after.keys}
+        ended = {key.tpmt_public for key in before.keys} - known
+        await self._write_down(after, list(after.keys), ended, before)
+
+    async def _write_down(
+        self, record: InstanceRecord, keys: list[KeyRecord], ended: set[bytes], before: InstanceRecord | None = None
+    ) -> None:
+        current = await self._lifecycle.blocking(self._store.certificates.current, record.id)
+        gone = _certificates_of(before or record, ended, current)
+        identity = IdentityState.CHANGED if gone else record.identity
+        if tuple(keys) == record.keys and identity is record.identity:
+            return
+        serials = [item.serial for item in gone]
+        await self._lifecycle.blocking(self._store.identities.change, record.id, keys, identity, serials, REASON)
+        changed = await self._lifecycle.blocking(self._store.get, str(record.id))
+        self._lifecycle.refresh(changed)
+        if gone:
+            self._identity.metrics.count_identity_change()
+            log.warning("identity.changed", instance=str(record.id), name=record.name, revoked=len(gone))
+        self._lifecycle.hub.publish("UPDATED", changed)
+
+
+def _certificates_of(
+    record: InstanceRecord, ended: set[bytes], current: Sequence[CertificateRecord]
+) -> list[CertificateRecord]:
+    """Return the certificates of the keys that ended; with an EK the platform certificate goes, which is held by it."""
+    named = {(key.role, key.algorithm) for key in record.keys if key.tpmt_public in ended}
+    gone = [item for item in current if item.revoked_at is None and (item.kind, item.algorithm) in named]
+    if any(item.kind == "EK" for item in gone):
+        gone += [item for item in current if item.revoked_at is None and item.kind == PLATFORM]
+    return gone
