@@ -23,6 +23,7 @@ import uvloop
 
 from vtpm import __version__
 from vtpm.api.server import ApiServer
+from vtpm.certification import open_desk
 from vtpm.config import Settings
 from vtpm.engine import sandbox
 from vtpm.engine.committer import CommitReport, Committer
@@ -82,6 +83,7 @@ class Daemon:
                 options=settings.key_provider_options,
                 create=store.is_empty(),
             )
+            desk = await open_desk(settings, store, keys, stack)
             committer = Committer(store.commit, lambda report: _observe(metrics, report))
             stack.callback(committer.close)
             workers = Workers(
@@ -122,7 +124,7 @@ class Daemon:
                 vsock = VsockServer(Relay(manager, settings.vsock_cids), settings.vsock_port)
                 vsock.start()
                 stack.push_async_callback(vsock.close)
-            api = ApiServer(manager, settings, metrics)
+            api = ApiServer(manager, settings, metrics, desk)
             await api.start()
             stack.push_async_callback(api.stop)
             if settings.metrics_address:
