@@ -23,6 +23,7 @@ import uvloop
 
 from vtpm import __version__
 from vtpm.api.server import ApiServer
+from vtpm.certification import look_after_identities, open_desk, open_pool
 from vtpm.config import Settings
 from vtpm.engine import sandbox
 from vtpm.engine.committer import CommitReport, Committer
@@ -82,6 +83,7 @@ class Daemon:
                 options=settings.key_provider_options,
                 create=store.is_empty(),
             )
+            desk = await open_desk(settings, store, keys, stack)
             committer = Committer(store.commit, lambda report: _observe(metrics, report))
             stack.callback(committer.close)
             workers = Workers(
@@ -103,9 +105,11 @@ class Daemon:
                 max_running=settings.max_running,
             )
             stack.push_async_callback(lifecycle.close)
+            creation = look_after_identities(lifecycle, settings, metrics, desk, stack)
             await lifecycle.recover()
             manager = InstanceManager(
                 lifecycle,
+                creation,
                 default_engine=settings.default_engine,
                 state_dir=settings.state_dir,
                 runtime_dir=settings.runtime_dir,
@@ -122,9 +126,10 @@ class Daemon:
                 vsock = VsockServer(Relay(manager, settings.vsock_cids), settings.vsock_port)
                 vsock.start()
                 stack.push_async_callback(vsock.close)
-            api = ApiServer(manager, settings, metrics)
+            api = ApiServer(manager, settings, metrics, desk)
             await api.start()
             stack.push_async_callback(api.stop)
+            await open_pool(manager, lifecycle, creation, settings, stack)
             if settings.metrics_address:
                 metrics.start_http_server(settings.metrics_address)
                 observer = asyncio.get_running_loop().create_task(_observe_instances(manager, metrics))

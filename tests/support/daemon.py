@@ -49,6 +49,8 @@ class DaemonProcess:
     def env(self) -> dict[str, str]:
         """The environment of the daemon and of the CLI."""
         own = {"VTPM_STATE_DIR": str(self.state_dir), "VTPM_RUNTIME_DIR": str(self.runtime_dir)}
+        # No pool: its refilling takes the processor from what is tested.
+        own["VTPM_POOL_SIZE"] = "0"
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("VTPM_")}
         return inherited | own | self.environment
 

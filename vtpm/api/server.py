@@ -13,6 +13,7 @@ from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 from grpc_reflection.v1alpha.reflection_pb2_grpc import add_ServerReflectionServicer_to_server
 
 from vtpm.api.access import Access, GuestAccess, OperatorAccess
+from vtpm.api.certificates import Certificates, CertificateServicer
 from vtpm.api.drain import Drain
 from vtpm.api.guests import GuestServers
 from vtpm.api.health import HEALTH_SERVICE, REFLECTION_SERVICE, HealthServicer, ReflectionServicer
@@ -23,6 +24,7 @@ from vtpm.api.ports import ApiSettings, Instances, RequestMetrics
 from vtpm.api.sockets import admit_group, group_id, serve_on
 from vtpm.api.tpm import TpmServicer
 from vtpm.api.tracing import open_tracing
+from vtpm.api.v1.certificate_pb2_grpc import add_CertificateServiceServicer_to_server
 from vtpm.api.v1.instance_pb2_grpc import add_HostServiceServicer_to_server, add_InstanceServiceServicer_to_server
 from vtpm.api.v1.tpm_pb2_grpc import add_TpmServiceServicer_to_server
 from vtpm.store.model import InstanceRecord
@@ -32,6 +34,7 @@ log: Final = structlog.get_logger("vtpm.api")
 INSTANCE_SERVICE: Final = "vtpm.v1.InstanceService"
 HOST_SERVICE: Final = "vtpm.v1.HostService"
 TPM_SERVICE: Final = "vtpm.v1.TpmService"
+CERTIFICATE_SERVICE: Final = "vtpm.v1.CertificateService"
 
 _KEEPALIVE_MS: Final = 60_000
 _KEEPALIVE_TIMEOUT_MS: Final = 20_000
@@ -47,8 +50,15 @@ _GUEST_IDLE_MS: Final = 300_000
 class ApiServer:
     """Serves the API from `start` until `drain` and `stop`."""
 
-    def __init__(self, instances: Instances, settings: ApiSettings, metrics: RequestMetrics) -> None:
+    def __init__(
+        self,
+        instances: Instances,
+        settings: ApiSettings,
+        metrics: RequestMetrics,
+        certificates: Certificates | None = None,
+    ) -> None:
         self._instances = instances
+        self._certificates = certificates
         self._settings = settings
         self._metrics = metrics
         self._drain = Drain()
@@ -102,7 +112,8 @@ class ApiServer:
         add_InstanceServiceServicer_to_server(InstanceServicer(self._instances, self._drain, self._guests.settled), server)
         add_HostServiceServicer_to_server(HostServicer(self._instances, self._drain), server)
         add_TpmServiceServicer_to_server(TpmServicer(self._instances, self._drain, access), server)
-        self._add_common(server, INSTANCE_SERVICE, HOST_SERVICE, TPM_SERVICE)
+        add_CertificateServiceServicer_to_server(CertificateServicer(self._certificates, self._drain), server)
+        self._add_common(server, INSTANCE_SERVICE, HOST_SERVICE, TPM_SERVICE, CERTIFICATE_SERVICE)
         return server
 
     def _guest_server(self, record: InstanceRecord) -> grpc.aio.Server:

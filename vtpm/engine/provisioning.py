@@ -20,7 +20,7 @@ from vtpm.errors import EngineError, FailedPreconditionError
 from vtpm.seal.envelope import Place, StateKind, seal, unseal
 from vtpm.tpm import credential as activation
 from vtpm.tpm import nv
-from vtpm.tpm.codes import CommandCode, Handle
+from vtpm.tpm.codes import TPM_RC_RETRY, CommandCode, Handle
 from vtpm.tpm.command import HEADER_SIZE, build
 from vtpm.tpm.credential import Credential
 from vtpm.tpm.keys import KeyAlgorithm
@@ -41,6 +41,8 @@ _REVISION, _MANUFACTURER, _VENDOR, _FIRMWARE = 0x102, 0x105, range(0x106, 0x10A)
 # Format-one codes without their number of handle, parameter or session (Part 2, 6.6.3).
 _RC_HANDLE: Final = 0x8B
 _RC_FORMAT_ONE_MASK: Final = 0xBF
+_RC_TESTING: Final = 0x90A
+_TRIES: Final = 8
 _NV_AUTH: Final = b"vtpm nv index auth v1"
 
 
@@ -65,8 +67,13 @@ class Provisioning:
         }
 
     def _run(self, operation: str, command: bytes) -> bytes:
-        response = self._answer(command)
-        if rc := response_code(response):
+        for _ in range(_TRIES):
+            response = self._answer(command)
+            rc = response_code(response)
+            # The TPM has begun to test an algorithm, and wants the command again (Part 3, 5.2).
+            if rc not in (TPM_RC_RETRY, _RC_TESTING):
+                break
+        if rc:
             raise tpm_error(operation, rc)
         return response
 

@@ -161,7 +161,8 @@ def description_in(ek_der: bytes) -> TpmDescription:
     names = x509.load_der_x509_certificate(ek_der).extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     (name,) = names.get_values_for_type(x509.DirectoryName)
     found = {item.oid.dotted_string: str(item.value) for item in name}
-    return TpmDescription(*(found[oid] for oid in _TPM_NAME_OIDS))
+    manufacturer, model, version = (found[oid] for oid in _TPM_NAME_OIDS)
+    return TpmDescription(manufacturer, model, version)
 
 
 def describe_platform(platform: PlatformRecord, instance: uuid.UUID) -> PlatformDescription:

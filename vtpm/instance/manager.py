@@ -16,6 +16,7 @@ import structlog
 from vtpm import __version__
 from vtpm.engine.v1 import link_pb2 as pb
 from vtpm.errors import ConflictError, FailedPreconditionError, InvalidArgumentError, NotFoundError, StoreError
+from vtpm.instance.authority_key import rewrap_authority_key
 from vtpm.instance.creation import Creation, Wanted
 from vtpm.instance.lifecycle import Lifecycle, Running
 from vtpm.instance.model import (
@@ -221,6 +222,7 @@ class InstanceManager:
             async with lock:
                 key_id = await self._lifecycle.blocking(self._keys.begin_rotation)
                 rewrapped = await self._rewrap_all(key_id)
+                await self._lifecycle.blocking(rewrap_authority_key, self._store.authorities, self._keys, key_id)
                 await self._lifecycle.blocking(self._keys.finish_rotation)
         finally:
             self._rotating = False
