@@ -140,6 +140,7 @@ class InstancePool:
                 return ready
             # The loop destroys it.
             self._ready.append(ready)
+            self._wake.set()
         return None
 
     async def _for_platform(self, claim: PoolClaim) -> PoolClaim:
