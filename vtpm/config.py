@@ -161,6 +161,9 @@ class Settings(BaseSettings):
         le=1000,
         description="How many TPMs of the default profile are kept ready, so that a creation need not make one; 0: none.",
     )
+    activation_timeout_s: float = Field(
+        default=120, gt=0, le=3600, description="How long a guest may take to prove an AK of its own (ActivationService)."
+    )
     platform_manufacturer: str = Field(
         default="vTPM", min_length=1, max_length=256, description="What platform certificates name as the VMs' manufacturer."
     )

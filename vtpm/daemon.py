@@ -31,6 +31,7 @@ from vtpm.engine.stats import BUCKETS_NS
 from vtpm.engine.worker_engine import worker_engines
 from vtpm.engine.workers import Workers
 from vtpm.errors import ConfigError, VtpmError
+from vtpm.instance.activation import Activations
 from vtpm.instance.lifecycle import Lifecycle
 from vtpm.instance.manager import InstanceManager
 from vtpm.instance.sockets import InstanceSockets
@@ -126,7 +127,8 @@ class Daemon:
                 vsock = VsockServer(Relay(manager, settings.vsock_cids), settings.vsock_port)
                 vsock.start()
                 stack.push_async_callback(vsock.close)
-            api = ApiServer(manager, settings, metrics, desk)
+            activations = Activations(lifecycle, creation.identity, timeout_s=settings.activation_timeout_s)
+            api = ApiServer(manager, settings, metrics, desk, activations)
             await api.start()
             stack.push_async_callback(api.stop)
             await open_pool(manager, lifecycle, creation, settings, stack)

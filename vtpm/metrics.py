@@ -101,7 +101,7 @@ class Metrics:
         self._identity_changes.inc()
 
     def count_activation(self, result: str) -> None:
-        """Count a step of IssueAkCertificate: `begun`, `certified`, `refused` or `limited`."""
+        """Count a step of an activation: `begun`, `certified`, `refused` or `limited`."""
         self._activations.labels(result).inc()
 
     def observe_ordinals(self, ordinal: int, count: int, nanos: int, buckets: Sequence[int]) -> None:

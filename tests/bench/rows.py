@@ -13,6 +13,7 @@ from pathlib import Path
 from tests.bench import swtpm
 from tests.bench.blackout import blackout
 from tests.bench.boot import boot
+from tests.bench.certified import certified
 from tests.bench.measure import Row, alternate, micros, millis, placed, private_memory, round_trips
 from tests.support import raw
 from tests.support.daemon import ROOT, DaemonProcess, worker_pids
@@ -152,6 +153,7 @@ def quotes() -> list[Row]:
 ROWS = {
     "socket": on_the_socket,
     "create": create,
+    "certified": certified,
     "restart": restart,
     "memory": memory,
     "quotes": quotes,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections.abc import Sequence
 from typing import Final
 
 import grpc.aio
@@ -13,6 +14,7 @@ from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 from grpc_reflection.v1alpha.reflection_pb2_grpc import add_ServerReflectionServicer_to_server
 
 from vtpm.api.access import Access, GuestAccess, OperatorAccess
+from vtpm.api.activation import ActivationDesk, ActivationServicer
 from vtpm.api.certificates import Certificates, CertificateServicer
 from vtpm.api.drain import Drain
 from vtpm.api.guests import GuestServers
@@ -24,6 +26,7 @@ from vtpm.api.ports import ApiSettings, Instances, RequestMetrics
 from vtpm.api.sockets import admit_group, group_id, serve_on
 from vtpm.api.tpm import TpmServicer
 from vtpm.api.tracing import open_tracing
+from vtpm.api.v1.activation_pb2_grpc import add_ActivationServiceServicer_to_server
 from vtpm.api.v1.certificate_pb2_grpc import add_CertificateServiceServicer_to_server
 from vtpm.api.v1.instance_pb2_grpc import add_HostServiceServicer_to_server, add_InstanceServiceServicer_to_server
 from vtpm.api.v1.tpm_pb2_grpc import add_TpmServiceServicer_to_server
@@ -35,6 +38,7 @@ INSTANCE_SERVICE: Final = "vtpm.v1.InstanceService"
 HOST_SERVICE: Final = "vtpm.v1.HostService"
 TPM_SERVICE: Final = "vtpm.v1.TpmService"
 CERTIFICATE_SERVICE: Final = "vtpm.v1.CertificateService"
+ACTIVATION_SERVICE: Final = "vtpm.v1.ActivationService"
 
 _KEEPALIVE_MS: Final = 60_000
 _KEEPALIVE_TIMEOUT_MS: Final = 20_000
@@ -56,8 +60,10 @@ class ApiServer:
         settings: ApiSettings,
         metrics: RequestMetrics,
         certificates: Certificates | None = None,
+        activations: ActivationDesk | None = None,
     ) -> None:
         self._instances = instances
+        self._activations = activations
         self._certificates = certificates
         self._settings = settings
         self._metrics = metrics
@@ -113,15 +119,23 @@ class ApiServer:
         add_HostServiceServicer_to_server(HostServicer(self._instances, self._drain), server)
         add_TpmServiceServicer_to_server(TpmServicer(self._instances, self._drain, access), server)
         add_CertificateServiceServicer_to_server(CertificateServicer(self._certificates, self._drain), server)
-        self._add_common(server, INSTANCE_SERVICE, HOST_SERVICE, TPM_SERVICE, CERTIFICATE_SERVICE)
+        self._add_common(
+            server, INSTANCE_SERVICE, HOST_SERVICE, TPM_SERVICE, CERTIFICATE_SERVICE, *self._add_activation(server, access)
+        )
         return server
+
+    def _add_activation(self, server: grpc.aio.Server, access: Access) -> Sequence[str]:
+        if self._activations is None:
+            return ()
+        add_ActivationServiceServicer_to_server(ActivationServicer(self._activations, self._drain, access), server)
+        return (ACTIVATION_SERVICE,)
 
     def _guest_server(self, record: InstanceRecord) -> grpc.aio.Server:
         access = GuestAccess(record.id, record.name)
         options = [("grpc.max_connection_idle_ms", _GUEST_IDLE_MS), ("grpc.max_concurrent_streams", _MAX_GUEST_CALLS)]
         server = self._server(access, options, _MAX_GUEST_CALLS)
         add_TpmServiceServicer_to_server(TpmServicer(self._instances, self._drain, access), server)
-        self._add_common(server, TPM_SERVICE)
+        self._add_common(server, TPM_SERVICE, *self._add_activation(server, access))
         return server
 
     def _server(self, access: Access, options: list[tuple[str, int]], max_calls: int | None) -> grpc.aio.Server:

@@ -33,7 +33,7 @@ class IdentityMetrics(Protocol):
         """An instance whose guest ended certified keys."""
 
     def count_activation(self, result: str) -> None:
-        """A step of IssueAkCertificate."""
+        """A step of an activation."""
 
 
 DEFAULT_PLATFORM: Final = PlatformRecord("vTPM", "vTPM VM", "1")

@@ -36,7 +36,7 @@ def read_back(**values: Any) -> InstanceRecord:
         "created_at": dt.datetime(2026, 1, 2),  # noqa: DTZ001  # as the database keeps it
         "updated_at": dt.datetime(2026, 1, 3),  # noqa: DTZ001  # as the database keeps it
         "platform": "",
-        "identity": "CERTIFIED",
+        "identity": "UNCERTIFIED",
     }
     return to_record(SimpleNamespace(**{**row, **values}), {"team": "web"})
 
