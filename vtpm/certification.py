@@ -73,26 +73,28 @@ def look_after_identities(
     settings: Settings,
     metrics: IdentityMetrics,
     desk: CertificateDesk | None,
-    stack: contextlib.AsyncExitStack,
 ) -> Creation:
-    """Have instances certified from now on, their AK certificates renewed and their keys watched; return what makes TPMs."""
+    """Have instances certified and their keys watched from now on; return what makes TPMs."""
     platform = PlatformRecord(settings.platform_manufacturer, settings.platform_model, settings.platform_version)
     identity = Identity(lambda: desk.authority.current if desk is not None else None, metrics, platform)
-    renewal = Renewal(lifecycle, identity)
-    lifecycle.look_after(IdentityKeeper(lifecycle, identity), renewal)
-    renewal.start()
-    stack.push_async_callback(renewal.close)
+    lifecycle.look_after(IdentityKeeper(lifecycle, identity), Renewal(lifecycle, identity))
     return Creation(lifecycle, identity)
 
 
-async def open_pool(
+async def begin_upkeep(
     manager: InstanceManager,
     lifecycle: Lifecycle,
     creation: Creation,
     settings: Settings,
     stack: contextlib.AsyncExitStack,
 ) -> None:
-    """Keep TPMs of the default profile ready until `stack` unwinds. With pool_size = 0 those that are left are destroyed."""
+    """Renew what is due and keep TPMs of the default profile ready until `stack` unwinds.
+
+    With pool_size = 0 those that are left are destroyed.
+    """
+    if lifecycle.renewal is not None:
+        lifecycle.renewal.start()
+        stack.push_async_callback(lifecycle.renewal.close)
     wanted = Wanted("", {}, settings.default_engine, make_profile(CreateRequest()), creation.identity.platform)
     pool = InstancePool(lifecycle, creation, size=settings.pool_size, wanted=wanted)
     await pool.start()

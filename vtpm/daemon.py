@@ -23,7 +23,7 @@ import uvloop
 
 from vtpm import __version__
 from vtpm.api.server import ApiServer
-from vtpm.certification import look_after_identities, open_desk, open_pool
+from vtpm.certification import begin_upkeep, look_after_identities, open_desk
 from vtpm.config import Settings
 from vtpm.engine import sandbox
 from vtpm.engine.committer import CommitReport, Committer
@@ -106,7 +106,7 @@ class Daemon:
                 max_running=settings.max_running,
             )
             stack.push_async_callback(lifecycle.close)
-            creation = look_after_identities(lifecycle, settings, metrics, desk, stack)
+            creation = look_after_identities(lifecycle, settings, metrics, desk)
             await lifecycle.recover()
             manager = InstanceManager(
                 lifecycle,
@@ -131,7 +131,7 @@ class Daemon:
             api = ApiServer(manager, settings, metrics, desk, activations)
             await api.start()
             stack.push_async_callback(api.stop)
-            await open_pool(manager, lifecycle, creation, settings, stack)
+            await begin_upkeep(manager, lifecycle, creation, settings, stack)
             if settings.metrics_address:
                 metrics.start_http_server(settings.metrics_address)
                 observer = asyncio.get_running_loop().create_task(_observe_instances(manager, metrics))

@@ -74,8 +74,15 @@ class DataChannels:
         self._rebind()
 
     def before_next_command(self, action: Callable[[], None]) -> None:
-        """Call `action` once, before the next command runs."""
-        self._before_next = action
+        """Call `action` once, before the next command runs, after what else is to be done then."""
+        earlier = self._before_next
+
+        def both() -> None:
+            if earlier is not None:
+                earlier()
+            action()
+
+        self._before_next = both
         self._rebind()
 
     def run_before_next(self) -> None:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 # As long as a disk takes to sync.
 _SYNC_NS: Final = 250_000
 _COMMITS_ASLEEP: Final = 200
+_NV_WRITE: Final = int(CommandCode.NV_Write)
 # Looked for only where the permanent state has changed. Nearly every NV write is another's.
 _IDENTITY_COMMANDS: Final = frozenset(
     int(code)
@@ -56,6 +57,8 @@ class DurableState:
         # Commands that may have ended a key's life and that no daemon has taken; who is told of the first of them.
         self.identity_ordinals: set[int] = set()
         self.on_identity: Callable[[], None] = lambda: None
+        # Called with each TPM2_NV_Write, which is still in the command's buffer.
+        self.on_nv_write: Callable[[], None] = lambda: None
         # Whether the last commit shared its sync with nobody, and for how many more the worker waits asleep.
         self._alone = False
         self._asleep = 0
@@ -98,6 +101,8 @@ class DurableState:
             self.identity_ordinals.add(ordinal)
             if not told:
                 self.on_identity()
+        elif ordinal == _NV_WRITE:
+            self.on_nv_write()
         tpm = self._tpm
         assert tpm.permanent is not None
         self.version += 1

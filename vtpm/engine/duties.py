@@ -83,8 +83,8 @@ class Duties:
             "get_keys": self._get_keys,
             "stop": self._stop,
         }
-        self._provisioning = Provisioning(tpm, operations, durable)
-        self._requests |= self._provisioning.requests
+        self.provisioning = Provisioning(tpm, operations, durable)
+        self._requests |= self.provisioning.requests
 
     def forget(self) -> None:
         """Forget what was measured; PCRs are fresh after each power on."""
@@ -138,7 +138,7 @@ class Duties:
         )
         keys += [self._operations.make_extra_key(KeyAlgorithm(key.algorithm), key.handle) for key in order.extra_keys]
         if order.hold:
-            reply.manufactured.properties.CopyFrom(self._provisioning.properties())
+            reply.manufactured.properties.CopyFrom(self.provisioning.properties())
         else:
             reply.manufactured.sealed = self._durable.seal_first(order)
         _add_keys(reply.manufactured, keys)

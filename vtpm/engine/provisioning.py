@@ -9,6 +9,7 @@ Invariant 5: all of it happens between two guest commands and leaves no session 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import struct
@@ -16,14 +17,15 @@ from typing import TYPE_CHECKING, Final
 
 from vtpm.engine.operations import tpm_error
 from vtpm.engine.v1 import link_pb2 as pb
-from vtpm.errors import EngineError, FailedPreconditionError
+from vtpm.errors import EngineError, FailedPreconditionError, VtpmError
 from vtpm.seal.envelope import Place, StateKind, seal, unseal
 from vtpm.tpm import credential as activation
-from vtpm.tpm import nv
+from vtpm.tpm import hcl, nv
 from vtpm.tpm.codes import TPM_RC_RETRY, CommandCode, Handle
 from vtpm.tpm.command import HEADER_SIZE, build
 from vtpm.tpm.credential import Credential
 from vtpm.tpm.keys import KeyAlgorithm
+from vtpm.tpm.layouts import AZURE_REPORT, AZURE_USER_DATA
 from vtpm.tpm.service import response_code
 
 if TYPE_CHECKING:
@@ -43,6 +45,8 @@ _RC_HANDLE: Final = 0x8B
 _RC_FORMAT_ONE_MASK: Final = 0xBF
 _RC_TESTING: Final = 0x90A
 _TRIES: Final = 8
+# Of TPM2_NV_Write: behind the header and authHandle (Part 3, 31.7).
+_NV_INDEX_OFFSET: Final = HEADER_SIZE + 4
 _NV_AUTH: Final = b"vtpm nv index auth v1"
 
 
@@ -134,6 +138,36 @@ class Provisioning:
                 self._answer(activation.flush_command(session))
         return secret
 
+    # ---- the report of the layout AZURE ----------------------------------------------------------------------------------
+
+    def concerns_report(self) -> bool:
+        """Whether the command in the TPM's buffer, a TPM2_NV_Write, is to the user data of a report."""
+        (index,) = struct.unpack_from(">I", self._tpm.command, _NV_INDEX_OFFSET)
+        return bool(index == AZURE_USER_DATA)
+
+    def follow_user_data(self) -> None:
+        """Put the user data that the guest wrote into its report; before the next command, so that it reads it there."""
+        with contextlib.suppress(VtpmError):
+            there, user_data = self._public(AZURE_REPORT), self._read(AZURE_USER_DATA, b"")
+            if there is None:
+                # The guest's own use of that number.
+                return
+            auth = self._durable.derive(lambda key, instance: nv_auth(key, instance, AZURE_REPORT))
+            contents = self._read(AZURE_REPORT, auth)
+            at = hcl.user_data_offset(contents)
+            if at is None:
+                return
+            digits = hcl.user_data_digits(user_data)
+            if contents[at : at + len(digits)] != digits:
+                changed = contents[:at] + digits + contents[at + len(digits) :]
+                for command in nv.write_commands(AZURE_REPORT, changed, by=AZURE_REPORT, auth=auth):
+                    self._run("TPM2_NV_Write", command)
+        self._durable.settle()
+
+    def _read(self, index: int, auth: bytes) -> bytes:
+        commands = nv.read_commands(index, self._there(index).size, by=index, auth=auth)
+        return b"".join(nv.parse_read(self._run("TPM2_NV_Read", command)) for command in commands)
+
     # ---- NV --------------------------------------------------------------------------------------------------------------
 
     def _provision(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:
@@ -167,7 +201,9 @@ class Provisioning:
             self._run("TPM2_NV_UndefineSpace", nv.undefine_command(entry.index))
         self._run("TPM2_NV_DefineSpace", nv.define_command(entry, auth))
         if nv.NvAttribute.WRITTEN in entry.attributes:
-            for command in nv.write_commands(entry.index, entry.contents, by=Handle.PLATFORM):
+            by = Handle.PLATFORM if nv.NvAttribute.PP_WRITE in entry.attributes else entry.index
+            used = auth if by == entry.index else b""
+            for command in nv.write_commands(entry.index, entry.contents, by=by, auth=used):
                 self._run("TPM2_NV_Write", command)
         if entry.locked:
             self._run("TPM2_NV_WriteLock", nv.write_lock_command(entry.index))
@@ -209,11 +245,7 @@ class Provisioning:
         order = request.read_nv
         public = self._there(order.index)
         auth = self._durable.derive(lambda key, instance: nv_auth(key, instance, order.index)) if order.secret_auth else b""
-        parts = [
-            nv.parse_read(self._run("TPM2_NV_Read", command))
-            for command in nv.read_commands(order.index, public.size, by=order.index, auth=auth)
-        ]
-        reply.nv_contents.data = b"".join(parts)
+        reply.nv_contents.data = self._read(order.index, auth)
         reply.nv_contents.attributes = public.attributes
 
 

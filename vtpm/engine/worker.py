@@ -66,6 +66,7 @@ class Worker:
         self._handlers: dict[int, Callable[[], None]] = {}
         self._durable = DurableState(tpm, commits, self._await_daemon)
         self._durable.on_identity = self._identity_touched
+        self._durable.on_nv_write = self._nv_written
         self._channels = DataChannels(tpm, self._durable, self._watch, self._unwatch)
         self._controls: dict[int, ControlChannel] = {}
         self._platform = VmPlatform(tpm, self)
@@ -234,6 +235,11 @@ class Worker:
         reply = pb.WorkerReply()
         reply.imported.SetInParent()
         self._tell(reply)
+
+    def _nv_written(self) -> None:
+        if self._duties.provisioning.concerns_report():
+            # Not now: the response to the guest is still where the TPM has left it.
+            self._channels.before_next_command(self._duties.provisioning.follow_user_data)
 
     def _identity_touched(self) -> None:
         reply = pb.WorkerReply()

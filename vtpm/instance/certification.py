@@ -69,7 +69,9 @@ class Certification:
         if len(answers) != len(secrets) or not all(map(hmac.compare_digest, answers, secrets)):
             raise not_proven("the TPM has opened a credential to something else")
         self.certificates = await self._blocking(lambda: self._issue(tpm))
-        return entries(self._layout, {(item.kind, item.algorithm): item.der for item in self.certificates})
+        certificates = {(item.kind, item.algorithm): item.der for item in self.certificates}
+        publics = {(key.role, key.algorithm): key.tpmt_public for key in tpm.keys}
+        return entries(self._layout, self._instance, certificates, publics)
 
     def _issue(self, tpm: FreshTpm) -> tuple[CertificateRecord, ...]:
         now = dt.datetime.now(dt.UTC)

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from vtpm.engine.identity import ExtraKey
 from vtpm.instance.identity import Identity
 from vtpm.instance.lifecycle import Lifecycle
 from vtpm.seal.keys import new_data_key
@@ -20,6 +21,7 @@ from vtpm.store.model import (
     PlatformRecord,
     ProfileRecord,
 )
+from vtpm.tpm.layouts import NvLayout, guest_aks
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +78,11 @@ class Creation:
     async def make(self, engine: str, profile: ProfileRecord, platform: PlatformRecord, *, nice: int = 0) -> MadeTpm:
         """Manufacture a TPM and certify it."""
         instance, data_key = uuid.uuid4(), new_data_key()
+        extra_keys = [ExtraKey(*item) for item in guest_aks(NvLayout(profile.nv_layout)).items()]
         certification = self.identity.certification(instance, profile, platform, self._lifecycle.blocking)
-        made = await self._lifecycle.engine(engine).manufacture(instance, profile, data_key, certify=certification, nice=nice)
+        made = await self._lifecycle.engine(engine).manufacture(
+            instance, profile, data_key, certify=certification, extra_keys=extra_keys, nice=nice
+        )
         certificates = certification.certificates if certification is not None else ()
         return MadeTpm(instance, data_key, made.sealed, made.keys, certificates)
 

@@ -79,7 +79,7 @@ class Lifecycle:
         self.key_lock = asyncio.Lock()
         # What looks after the instances' certificates, if anything does; set by `look_after`.
         self._keeper: IdentityKeeper | None = None
-        self._renewal: Renewal | None = None
+        self.renewal: Renewal | None = None
         # Why threads: the store's calls block on the disk.
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="vtpm-store")
 
@@ -89,7 +89,7 @@ class Lifecycle:
 
     def look_after(self, keeper: IdentityKeeper, renewal: Renewal) -> None:
         """Have certified keys looked after from now on; before `recover`."""
-        self._keeper, self._renewal = keeper, renewal
+        self._keeper, self.renewal = keeper, renewal
 
     def lock(self, instance: uuid.UUID) -> asyncio.Lock:
         """The lock that every change of power takes."""
@@ -369,8 +369,8 @@ class Lifecycle:
                 remedy="stop others or raise max_running",
                 kind=ErrorKind.RESOURCE_EXHAUSTED,
             )
-        if self._renewal is not None:
-            await self._renewal.before_power_on(record)
+        if self.renewal is not None:
+            await self.renewal.before_power_on(record)
         owned = await self.blocking(self.store.acquire, record.id, boot_id=self._boot_id)
         listeners: Listeners | None = None
         try:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from vtpm.errors import FailedPreconditionError, TpmError, VtpmError
+from vtpm.errors import ErrorKind, FailedPreconditionError, VtpmError
 from vtpm.instance.certification import AK, record_of
 from vtpm.pki.authority import Authority
 from vtpm.store.model import CertificateRecord, IdentityState, InstanceRecord, KeyRecord
@@ -97,10 +97,13 @@ class Renewal:
         async with self._lifecycle.lock(record.id):
             present = {key.tpmt_public for key in (await running.tpm.keys())[0]}
             for key, issued in await self._lifecycle.blocking(self._issue, authority, record):
-                if key.handle and key.tpmt_public not in present:
-                    # A certificate speaks of a key that is there. The identity's keeper finds out what happened to it.
+                if (key.role == AK or key.handle) and key.tpmt_public not in present:
+                    # A certificate speaks of a key that is there.
                     raise FailedPreconditionError(
-                        "AK_MISSING", "the certified AK is not in the TPM any more", subject=record.name, remedy="reset it"
+                        "AK_MISSING",
+                        "the certified AK is not in the TPM any more",
+                        subject=record.name,
+                        remedy="create a new instance",
                     )
                 await self._lifecycle.blocking(self._store.certificates.add, [replace(issued, current=False)])
                 written = await self._write(running, key, issued)
@@ -114,7 +117,9 @@ class Renewal:
         try:
             for entry in renewed_entries(layout, key.role, key.algorithm, issued.der):
                 await running.tpm.write_nv(entry.index, entry.data)
-        except (TpmError, FailedPreconditionError) as error:
+        except VtpmError as error:
+            if error.kind is not ErrorKind.FAILED_PRECONDITION:
+                raise
             # Removed by firmware, or of a TPM that was imported: the API has it all the same.
             log.warning("renewal.not_in_nv", instance=str(running.record.id), reason=error.reason, remedy=error.remedy)
             return False

@@ -23,6 +23,8 @@ _MAX_LABELS: Final = 64
 _MAX_LABEL_VALUE: Final = 256
 
 DEFAULT_EK_ALGORITHMS: Final = (KeyAlgorithm.RSA_2048, KeyAlgorithm.ECC_P384)
+# Those that agents on Google Cloud know.
+GCE_EK_ALGORITHMS: Final = (KeyAlgorithm.RSA_2048, KeyAlgorithm.ECC_P256)
 DEFAULT_AK_ALGORITHM: Final = KeyAlgorithm.ECC_P256
 DEFAULT_PCR_BANKS: Final = (PcrBank.SHA256, PcrBank.SHA384)
 _AK_ALGORITHMS: Final = (KeyAlgorithm.ECC_P256, KeyAlgorithm.RSA_2048)
@@ -91,11 +93,12 @@ def make_profile(request: CreateRequest) -> ProfileRecord:
     Raises:
         InvalidArgumentError: PROFILE_INVALID.
     """
-    ek_algorithms = _distinct(request.ek_algorithms or DEFAULT_EK_ALGORITHMS, KeyAlgorithm, "EK algorithm")
+    layout = _distinct((request.nv_layout or NvLayout.TCG,), NvLayout, "NV layout")[0]
+    default_eks = GCE_EK_ALGORITHMS if layout == NvLayout.GCE else DEFAULT_EK_ALGORITHMS
+    ek_algorithms = _distinct(request.ek_algorithms or default_eks, KeyAlgorithm, "EK algorithm")
     ak_algorithm = _distinct((request.ak_algorithm or DEFAULT_AK_ALGORITHM,), _AK_ALGORITHMS, "AK algorithm")[0]
     by_name = {bank.hash_name: bank for bank in PcrBank}
     banks = _distinct(request.pcr_banks or tuple(bank.hash_name for bank in DEFAULT_PCR_BANKS), by_name, "PCR bank")
-    layout = _distinct((request.nv_layout or NvLayout.TCG,), NvLayout, "NV layout")[0]
     return ProfileRecord(ek_algorithms, ak_algorithm, banks, layout)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import enum
+import uuid
 from collections.abc import Mapping
 from typing import Final
 
-from vtpm.tpm.keys import KeyAlgorithm
+from vtpm.tpm import hcl
+from vtpm.tpm.keys import KeyAlgorithm, ak_template
 from vtpm.tpm.nv import MAX_NV_INDEX_SIZE, NvAttribute, NvEntry
 
 
@@ -41,6 +43,13 @@ FIXED: Final = (
 )
 # Written again while the guest runs, by an auth value that only the service knows; read by the owner.
 RENEWED: Final = _COMMON | NvAttribute.AUTH_READ | NvAttribute.AUTH_WRITE | NvAttribute.PP_READ | NvAttribute.PP_WRITE
+# Azure's numbers; the certificate's index has 4096 bytes there, and libtpms has none of more than 2048.
+AZURE_AK_HANDLE: Final = 0x81000003
+AZURE_AK_CERTIFICATE: Final = 0x01C101D0
+AZURE_REPORT: Final = 0x01400001
+AZURE_USER_DATA: Final = 0x01400002
+_AZURE: Final = _COMMON | NvAttribute.AUTH_READ | NvAttribute.AUTH_WRITE
+_AZURE_USER_DATA: Final = _AZURE | NvAttribute.OWNER_WRITE
 # A certificate that is issued again has a signature of another length now and then.
 _ROOM: Final = 64
 
@@ -56,10 +65,16 @@ def renewed_entry(index: int, certificate: bytes) -> NvEntry:
     return NvEntry(index, RENEWED, certificate, size=size, secret_auth=True)
 
 
-def entries(layout: NvLayout, certificates: Mapping[tuple[str, str], bytes]) -> list[NvEntry]:
-    """Return what the NV of a new TPM holds: `certificates` are DER, by the role of the certified key and its algorithm.
+def entries(
+    layout: NvLayout,
+    instance: uuid.UUID,
+    certificates: Mapping[tuple[str, str], bytes],
+    publics: Mapping[tuple[str, str], bytes],
+) -> list[NvEntry]:
+    """Return what the NV of a new TPM holds.
 
-    Roles are EK, AK, PLATFORM (with an empty algorithm).
+    `certificates` are DER and `publics` TPMT_PUBLICs, by the role of the certified key and its algorithm. Roles are EK, AK,
+    GUEST_AK, and PLATFORM with an empty algorithm.
     """
     found = []
     for (role, algorithm), der in certificates.items():
@@ -70,13 +85,36 @@ def entries(layout: NvLayout, certificates: Mapping[tuple[str, str], bytes]) -> 
                 found.append(fixed_entry(PLATFORM_CERTIFICATE, der))
             case _:
                 found += renewed_entries(layout, role, algorithm, der)
+    match layout:
+        case NvLayout.AZURE:
+            text = hcl.report(publics["GUEST_AK", KeyAlgorithm.RSA_2048], instance)
+            found.append(NvEntry(AZURE_REPORT, _AZURE, text, size=MAX_NV_INDEX_SIZE, secret_auth=True))
+            found.append(NvEntry(AZURE_USER_DATA, _AZURE_USER_DATA, b"", size=hcl.USER_DATA_SIZE))
+        case NvLayout.GCE:
+            found += [fixed_entry(index + 1, ak_template(algorithm)) for algorithm, index in AK_CERTIFICATES.items()]
     return found
 
 
 def renewed_entries(layout: NvLayout, role: str, algorithm: str, der: bytes) -> list[NvEntry]:
     """Return what of a layout has a certificate that is renewed, DER."""
     match layout, role:
-        case NvLayout.TCG, "AK":
+        case (NvLayout.TCG, "AK") | (NvLayout.GCE, "GUEST_AK"):
             return [renewed_entry(AK_CERTIFICATES[KeyAlgorithm(algorithm)], der)]
+        case NvLayout.AZURE, "GUEST_AK":
+            return [NvEntry(AZURE_AK_CERTIFICATE, _AZURE, der, size=MAX_NV_INDEX_SIZE, secret_auth=True)]
         case _:
             return []
+
+
+def guest_aks(layout: NvLayout) -> Mapping[KeyAlgorithm, int]:
+    """Return the AKs that a layout has besides the service's own: primary keys of the endorsement hierarchy, and their handles.
+
+    With handle 0 the guest makes it from its template, which the service's own AKs have too.
+    """
+    match layout:
+        case NvLayout.AZURE:
+            return {KeyAlgorithm.RSA_2048: AZURE_AK_HANDLE}
+        case NvLayout.GCE:
+            return dict.fromkeys(AK_CERTIFICATES, 0)
+        case _:
+            return {}
