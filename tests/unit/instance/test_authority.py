@@ -135,6 +135,16 @@ def test_a_second_init_needs_to_be_meant(host: HostAuthority) -> None:
     assert host.init("Again", replace=True).chain[-1] != before.chain[-1]
 
 
+def test_the_key_of_a_root_that_has_retired_is_destroyed(host: HostAuthority, store: Store, tmp_path: Path) -> None:
+    (old,) = [record.key for record in store.authorities.list() if record.role == "ROOT"]
+    host.init("Again", replace=True)
+    roots = {record.state: record.key for record in store.authorities.list() if record.role == "ROOT"}
+    assert roots["RETIRED"] == b""
+    assert roots["CURRENT"]
+    store.close()
+    assert old not in (tmp_path / "vtpm.db").read_bytes()
+
+
 # ---- rotation ------------------------------------------------------------------------------------------------------------
 
 
