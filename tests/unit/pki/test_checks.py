@@ -37,7 +37,7 @@ def a_usage(**changes: bool) -> x509.KeyUsage:
 
 
 def a_name(text: str) -> x509.Name:
-    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)] if text else [])
 
 
 def a_certificate(
@@ -141,7 +141,13 @@ WRONG: dict[str, tuple[str, str, Callable[[], object]]] = {
         "chain.pem",
         lambda: checked(_weakly_signed(), a_root()),
     ),
-    "root allows no CA below": (
+    "root allows no CA": ("CA_PATH_LENGTH", "chain.pem", lambda: checked(a_certificate(), a_root(path_length=0))),
+    "no name": (
+        "CA_NAME_EMPTY",
+        "ca.pem",
+        lambda: checked(a_certificate(subject="", issuer="", key=KEY, signed_by=KEY)),
+    ),
+    "a CA between allows none": (
         "CA_PATH_LENGTH",
         "chain.pem",
         lambda: _too_long(),
