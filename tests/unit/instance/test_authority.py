@@ -295,6 +295,15 @@ def test_the_key_file_is_missed_even_if_there_are_no_instances(host: HostAuthori
     assert reason_of(caught) == "KEY_FILE_MISSING"
 
 
+def test_the_key_file_of_another_store_is_named(host: HostAuthority, store: Store, tmp_path: Path) -> None:
+    other = FileKeyProvider(state_dir=tmp_path, options={"path": str(tmp_path / "other.json")}, create=True)
+    with pytest.raises(KeyProviderError) as caught:
+        HostAuthority.open(store, other, MANUAL)
+    assert reason_of(caught) == "KEY_UNKNOWN"
+    assert "of the certificate authority was wrapped" in caught.value.message
+    assert "ca = none" in caught.value.remedy
+
+
 def test_key_rotation_wraps_the_cas_data_key_anew(
     host: HostAuthority, store: Store, keys: FileKeyProvider, tmp_path: Path
 ) -> None:
