@@ -136,7 +136,7 @@ class Settings(BaseSettings):
     )
     ca_policy_oid: str = Field(
         default="",
-        pattern=r"^([0-2](\.(0|[1-9][0-9]{0,9})){2,30})?$",
+        pattern=r"^(([01]\.([1-3]?[0-9])|2\.(0|[1-9][0-9]{0,9}))(\.(0|[1-9][0-9]{0,9})){1,30})?$",
         description="Certificate policy (OID) that certificates name; empty: none, and anyPolicy in platform certificates.",
     )
     ca_policy_uri: str = Field(

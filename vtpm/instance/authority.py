@@ -236,8 +236,9 @@ class HostAuthority:
                     key = self._unsealed(fulfilled)
                 signer, kind = KeySigner(key, "key"), _SEALED
                 sealed = self._seal(identifier, key)
+            above = "chain" if given.chain else "certificate"
             chain = check_authority(
-                first, others, signer.public_key, now=moment, subject="certificate", chain_subject="chain", key_subject="key"
+                first, others, signer.public_key, now=moment, subject="certificate", chain_subject=above, key_subject="key"
             )
             if key_id in self._issuers and self._issuers[key_id][0].state == "CURRENT":
                 raise AlreadyExistsError("CA_IN_FORCE", "this CA is in force already", subject="certificate")

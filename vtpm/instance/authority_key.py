@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from typing import Final
 
+from vtpm.errors import VtpmError
 from vtpm.seal.keys import KeyProvider, new_data_key
 from vtpm.store.authorities import Authorities
 
@@ -20,7 +21,13 @@ def open_authority_key(authorities: Authorities, keys: KeyProvider) -> bytes:
     """
     wrapped = authorities.wrapped_key(AUTHORITY_KEY)
     if wrapped is not None:
-        return keys.unwrap(wrapped, AUTHORITY_KEY)
+        try:
+            return keys.unwrap(wrapped, AUTHORITY_KEY)
+        except VtpmError as error:
+            # The provider takes every id for an instance's.
+            error.message = error.message.replace(f"instance {AUTHORITY_KEY}", "the certificate authority")
+            error.remedy = f"{error.remedy}; to start without a CA: ca = none".removeprefix("; ")
+            raise
     data_key = new_data_key()
     authorities.set_wrapped_key(AUTHORITY_KEY, keys.wrap(data_key, AUTHORITY_KEY))
     return data_key

@@ -107,8 +107,9 @@ def check_authority(
     `key` is the CA's key, that is what will sign. The subjects name where certificate, chain and key came from.
 
     Raises:
-        InvalidArgumentError: CA_KEY_WEAK, CA_KEY_UNSUPPORTED, CA_KEY_MISMATCH, CA_NOT_A_CA, CA_KEY_USAGE, CA_EXPIRED,
-            CA_NOT_YET_VALID, CA_SIGNATURE_WEAK, CA_CHAIN_INCOMPLETE, CA_CHAIN_INVALID, CA_PATH_LENGTH or CA_OUTLIVES_ISSUER.
+        InvalidArgumentError: CA_KEY_WEAK, CA_KEY_UNSUPPORTED, CA_KEY_MISMATCH, CA_NOT_A_CA, CA_KEY_USAGE, CA_NAME_EMPTY,
+            CA_EXPIRED, CA_NOT_YET_VALID, CA_SIGNATURE_WEAK, CA_CHAIN_INCOMPLETE, CA_CHAIN_INVALID, CA_PATH_LENGTH or
+            CA_OUTLIVES_ISSUER.
     """
     ca_public_key(certificate.public_key(), subject)
     if not same_key(ca_public_key(key, key_subject or subject), certificate.public_key()):  # type: ignore[arg-type]
@@ -185,6 +186,9 @@ def _check_one(certificate: x509.Certificate, below: int, now: dt.datetime, subj
         raise _refused(
             "CA_KEY_WEAK", f"{_who(certificate)} has an RSA key of {key.key_size} bits", subject, "use a CA with a stronger key"
         )
+    if not list(certificate.subject):
+        # RFC 5280, 4.1.2.6: who issues has a name.
+        raise _refused("CA_NAME_EMPTY", "the CA's subject is empty", subject, "have the certificate issued with a name")
     extensions = certificate.extensions
     try:
         constraints = extensions.get_extension_for_class(x509.BasicConstraints).value
@@ -197,10 +201,10 @@ def _check_one(certificate: x509.Certificate, below: int, now: dt.datetime, subj
             subject,
             "give a CA's certificate, not a server's or client's",
         )
-    if constraints.path_length is not None and constraints.path_length < below - (1 if below else 0):
+    if constraints.path_length is not None and constraints.path_length < below:
         raise _refused(
             "CA_PATH_LENGTH",
-            f"{_who(certificate)} allows {constraints.path_length} CAs below it, the chain has {below - 1}",
+            f"{_who(certificate)} allows {constraints.path_length} CAs below it, the chain has {below}",
             subject,
             "have the issuing CA's certificate issued by a CA that may",
         )

@@ -193,7 +193,10 @@ class Pkcs11Signer:
                 remedy="set ca_pkcs11_module to the token's library",
             )
         self._close()
-        library = pkcs11.lib(self._module)
+        try:
+            library = pkcs11.lib(self._module)
+        except (pkcs11.PKCS11Error, RuntimeError, OSError):
+            raise self._failed("PKCS11_MODULE_FAILED", f"the module {self._module!r} can't be loaded") from None
         named = {"token_label": self._where.token or None, "token_serial": self._where.serial or None}
         token = library.get_token(**{key: value for key, value in named.items() if value})
         try:
@@ -258,8 +261,6 @@ class Pkcs11Signer:
             raise UnavailableError(
                 "PKCS11_FAILED", f"the token fails ({type(error).__name__})", subject=self._where.uri, remedy="check the token"
             ) from None
-        except (RuntimeError, OSError):
-            raise self._failed("PKCS11_MODULE_FAILED", f"the module {self._module!r} can't be loaded") from None
 
     def _failed(self, reason: str, message: str) -> FailedPreconditionError:
         return FailedPreconditionError(

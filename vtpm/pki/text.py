@@ -154,7 +154,8 @@ def _texts(element: _Element) -> str:
 def _pairs(name: _Element) -> Iterator[tuple[str, str]]:
     for relative in name.parts:
         for pair in relative.parts:
-            yield _oid(pair.parts[0].content), pair.parts[1].content.decode()
+            # Other issuers have values here that are no text.
+            yield _oid(pair.parts[0].content), pair.parts[1].content.decode(errors="replace")
 
 
 def _name(general_names: _Element) -> str:

@@ -46,6 +46,9 @@ class Authorities:
                 replaced = roles[1:] if keep_root else roles
                 retire = sa.update(authorities).where(authorities.c.role.in_(replaced), authorities.c.state == "CURRENT")
                 connection.execute(retire.values(state="RETIRED"))
+                # A root that has retired signs nothing any more: its key is destroyed.
+                past = (authorities.c.role == "ROOT", authorities.c.state == "RETIRED")
+                connection.execute(sa.update(authorities).where(*past).values(key=b""))
             if fulfilled is not None:
                 connection.execute(sa.delete(authorities).where(authorities.c.id == fulfilled))
             for record in records:

@@ -10,7 +10,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtensionOID
 
-from tests.unit.pki.given import INSTANCE, NOW, an_ak, an_authority, an_ek, openssl, write_chain
+from tests.unit.pki.given import INSTANCE, NOW, TPM, an_ak, an_authority, an_ek, openssl, write_chain
 from vtpm.errors import InvalidArgumentError
 from vtpm.pki.model import IssuingPolicy
 from vtpm.tpm.keys import KeyAlgorithm
@@ -46,19 +46,25 @@ def test_fields(tmp_path: Path, algorithm: KeyAlgorithm) -> None:
     assert "OK" in openssl("verify", "-x509_strict", "-attime", at, "-CAfile", str(root), "-untrusted", str(issuing), str(leaf))
 
 
-def test_cryptographys_verifier_trusts_it() -> None:
-    """By way of its own policy: what x509.verification asks of a TLS certificate is not what an AK's is."""
+@pytest.mark.parametrize("kind", ["AK", *KeyAlgorithm])
+def test_cryptographys_verifier_trusts_it(kind: str) -> None:
+    """With its rules for CAs as they are, and none of its own for the end: those are for TLS, and ask for a TLS usage."""
     authority = an_authority()
-    leaf = x509.load_der_x509_certificate(authority.issue_ak(an_ak(), INSTANCE, now=NOW).der)
+    issued = (
+        authority.issue_ak(an_ak(), INSTANCE, now=NOW)
+        if kind == "AK"
+        else authority.issue_ek(an_ek(KeyAlgorithm(kind)), TPM, now=NOW)
+    )
+    leaf = x509.load_der_x509_certificate(issued.der)
     policy = x509.verification
     builder = policy.PolicyBuilder().store(policy.Store([authority.chain[-1]]))
     builder = builder.extension_policies(
         ca_policy=policy.ExtensionPolicy.webpki_defaults_ca(), ee_policy=policy.ExtensionPolicy.permit_all()
     )
     verified = builder.time(NOW).build_client_verifier().verify(leaf, [authority.chain[0]])
-    assert verified.chain[-1] == authority.chain[-1]
+    assert verified.chain == [leaf, *authority.chain]
     with pytest.raises(policy.VerificationError):
-        builder.time(NOW + dt.timedelta(hours=25)).build_client_verifier().verify(leaf, [authority.chain[0]])
+        builder.time(issued.not_after + dt.timedelta(hours=1)).build_client_verifier().verify(leaf, [authority.chain[0]])
 
 
 def test_a_lifetime_and_a_trust_domain_of_ones_own() -> None:
