@@ -7,6 +7,7 @@ import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import rsa
@@ -48,7 +49,7 @@ def test_azure_has_an_ak_its_certificate_and_a_report(daemon: DaemonProcess, nam
     assert "authwrite|ownerread|authread|no_da|written|platformcreate" in attributes
 
 
-def claims_of(report: bytes) -> dict[str, object]:
+def claims_of(report: bytes) -> dict[str, Any]:
     """As the agents there take a report apart."""
     signature, version, size, request, status = struct.unpack_from("<IIIII", report)
     assert (signature, version, request, status) == (0x414C4348, 2, 2, 0)
@@ -57,7 +58,7 @@ def claims_of(report: bytes) -> dict[str, object]:
     assert (request_version, kind, hash_type) == (1, 3, 1)
     assert data_size == 20 + claims_size
     assert size == 1236 + claims_size
-    claims: dict[str, object] = json.loads(report[1236 : 1236 + claims_size])
+    claims: dict[str, Any] = json.loads(report[1236 : 1236 + claims_size])
     return claims
 
 
@@ -67,13 +68,13 @@ def test_the_report_holds_the_ak_and_follows_the_user_data(
     instance = azure(daemon, name)
     run = tool(instance)
     claims = claims_of(run("tpm2_nvread", "0x01400001", "-C", "o").stdout)
-    (ak,) = claims["keys"]  # type: ignore[misc]
+    (ak,) = claims["keys"]
     certificate = x509.load_der_x509_certificate(certificates(daemon, name)["GUEST_AK", "RSA_2048"].der)
     key = certificate.public_key()
     assert isinstance(key, rsa.RSAPublicKey)
     assert ak["kid"] == "HCLAkPub"
     assert int.from_bytes(base64.urlsafe_b64decode(ak["n"] + "=="), "big") == key.public_numbers().n
-    assert claims["vm-configuration"]["vmUniqueId"].lower() == instance.id  # type: ignore[index]
+    assert claims["vm-configuration"]["vmUniqueId"].lower() == instance.id
     assert claims["user-data"] == "0" * 128
     for filler in (b"\xab", b"\x01"):
         (tmp_path / "data").write_bytes(filler * 64)

@@ -54,8 +54,9 @@ class DurableState:
         self.version = 0
         self._data_key = b""
         self._timeout_s = 60.0
-        # Commands that may have ended a key's life and that no daemon has taken; who is told of the first of them.
+        # Commands that may have ended a key's life and that no daemon has dealt with; who is told of the first of them.
         self.identity_ordinals: set[int] = set()
+        self.identity_generation = 0
         self.on_identity: Callable[[], None] = lambda: None
         # Called with each TPM2_NV_Write, which is still in the command's buffer.
         self.on_nv_write: Callable[[], None] = lambda: None
@@ -84,6 +85,13 @@ class DurableState:
         self._timeout_s = order.commit_timeout_ms / 1000
         return permanent
 
+    def forget_identity(self, generation: int) -> None:
+        """A daemon has dealt with what there was at this generation; what came since is told again."""
+        if generation == self.identity_generation:
+            self.identity_ordinals.clear()
+        elif self.identity_ordinals:
+            self.on_identity()
+
     def derive(self, make: Callable[[bytes, uuid.UUID], bytes]) -> bytes:
         """Return what `make` makes of the data key and the instance; the key itself is not given away."""
         return make(self._data_key, self.instance)
@@ -99,6 +107,7 @@ class DurableState:
             # Before the commit: whoever learns of it asks this thread, which answers when it is durable.
             told = bool(self.identity_ordinals)
             self.identity_ordinals.add(ordinal)
+            self.identity_generation += 1
             if not told:
                 self.on_identity()
         elif ordinal == _NV_WRITE:

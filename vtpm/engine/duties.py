@@ -202,9 +202,10 @@ class Duties:
     def _get_keys(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:
         reply.keys.SetInParent()
         _add_keys(reply.keys, self._operations.keys())
-        if request.get_keys.take_ordinals:
-            reply.keys.identity_ordinals.extend(sorted(self._durable.identity_ordinals))
-            self._durable.identity_ordinals.clear()
+        if request.get_keys.forget_generation:
+            self._durable.forget_identity(request.get_keys.forget_generation)
+        reply.keys.identity_ordinals.extend(sorted(self._durable.identity_ordinals))
+        reply.keys.identity_generation = self._durable.identity_generation
         reply.keys.pcr_banks.extend(bank.hash_name for bank in self._operations.banks())
 
     def _read_pcrs(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:

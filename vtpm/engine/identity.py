@@ -45,6 +45,15 @@ class Challenge:
     credential: Credential
 
 
+@dataclass(frozen=True, slots=True)
+class TouchedKeys:
+    """The keys that a running TPM has, and the commands (TPM_CC) since the generation that was last dealt with."""
+
+    keys: tuple[KeyRecord, ...]
+    ordinals: tuple[int, ...]
+    generation: int
+
+
 class FreshTpm:
     """A TPM that was just manufactured. Its keys are claims of its worker until they are proven (`activate`)."""
 

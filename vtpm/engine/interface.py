@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from vtpm.engine.identity import Certify, ExtraKey
+from vtpm.engine.identity import Certify, ExtraKey, TouchedKeys
 from vtpm.engine.v1 import link_pb2 as pb
 from vtpm.store.model import KeyRecord, ProfileRecord, SealedState, StateCommit
 from vtpm.tpm.nv import NvEntry
@@ -124,7 +124,7 @@ class EngineEvents(Protocol):
         """The VM's side has put another TPM's state in the place of the instance's."""
 
     def identity_touched(self, instance: uuid.UUID, epoch: int) -> None:
-        """The VM's side has run a command that may end a key's life; `RunningTpm.take_identity` says which."""
+        """The VM's side has run a command that may end a key's life; `RunningTpm.identity` says which."""
 
 
 class RunningTpm(Protocol):
@@ -157,8 +157,11 @@ class RunningTpm(Protocol):
     async def keys(self) -> tuple[tuple[KeyRecord, ...], tuple[str, ...]]:
         """Return the persistent EKs and the AK, and the names of the PCR banks, as the TPM has them now."""
 
-    async def take_identity(self) -> tuple[tuple[KeyRecord, ...], tuple[int, ...]]:
-        """Return the keys as `keys` does, and the commands (TPM_CC) that may have changed them, each told once."""
+    async def identity(self) -> TouchedKeys:
+        """Return the keys, and the commands that may have changed them."""
+
+    async def forget_identity(self, generation: int) -> None:
+        """What `identity` gave with this generation is dealt with; what came since is told anew."""
 
     async def write_nv(self, index: int, data: bytes) -> None:
         """Write an index that has an auth value of the service's, between two guest commands; zeros follow `data`."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from vtpm.engine.framing import FrameReader, frame
+from vtpm.engine.identity import TouchedKeys, key_records
 from vtpm.engine.interface import PcrValue, PcrValues, Quoted
 from vtpm.engine.v1 import link_pb2 as pb
 from vtpm.errors import EngineError, ErrorKind, TpmError, VtpmError
@@ -297,11 +298,14 @@ class WorkerLink(asyncio.Protocol):
         keys = tuple(KeyRecord(key.role, key.algorithm, key.handle, key.tpmt_public) for key in found.keys)
         return keys, tuple(found.pcr_banks)
 
-    async def take_identity(self) -> tuple[tuple[KeyRecord, ...], tuple[int, ...]]:
+    async def identity(self) -> TouchedKeys:
         """See RunningTpm."""
-        found = (await self.request(pb.WorkerRequest(get_keys=pb.GetKeys(take_ordinals=True)))).keys
-        keys = tuple(KeyRecord(key.role, key.algorithm, key.handle, key.tpmt_public) for key in found.keys)
-        return keys, tuple(found.identity_ordinals)
+        found = (await self.request(pb.WorkerRequest(get_keys=pb.GetKeys()))).keys
+        return TouchedKeys(key_records(found.keys), tuple(found.identity_ordinals), found.identity_generation)
+
+    async def forget_identity(self, generation: int) -> None:
+        """See RunningTpm."""
+        await self.request(pb.WorkerRequest(get_keys=pb.GetKeys(forget_generation=generation)))
 
     async def write_nv(self, index: int, data: bytes) -> None:
         """See RunningTpm."""

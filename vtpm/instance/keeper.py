@@ -6,6 +6,7 @@ remove them from their handles; the same template makes the same key again, so t
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 log: Final = structlog.get_logger("vtpm.instance")
 
+_RETRY_S: Final = 1.0
 # The keys do not exist any more, and nobody else has them (RFC 5280, 5.3.1).
 REASON: Final = "cessationOfOperation"
 
@@ -36,14 +38,20 @@ class IdentityKeeper:
         self._store = lifecycle.store
 
     async def touched(self, running: Running) -> None:
-        """The guest has run a command that may have ended keys: look at them anew."""
-        try:
-            present, ordinals = await running.tpm.take_identity()
-        except VtpmError as error:
-            # Its end is reported elsewhere.
-            log.warning("identity.unknown", instance=str(running.record.id), reason=error.reason)
-            return
+        """The guest has run a command that may have ended keys: look at them anew. Keeps trying while the TPM is there."""
+        while not running.gone.is_set():
+            try:
+                await self._look(running)
+            except VtpmError as error:
+                log.warning("identity.unknown", instance=str(running.record.id), reason=error.reason, remedy=error.remedy)
+                await asyncio.sleep(_RETRY_S)
+            else:
+                return
+
+    async def _look(self, running: Running) -> None:
         async with self._lifecycle.lock(running.record.id):
+            touched = await running.tpm.identity()
+            present, ordinals = touched.keys, touched.ordinals
             record = running.record
             ended_roles = set()
             if CommandCode.ChangeEPS in ordinals:
@@ -58,6 +66,8 @@ class IdentityKeeper:
                     # Not persistent any more; who wants it makes it again.
                     keys.append(dataclasses.replace(key, handle=0))
             await self._write_down(record, keys, ended)
+            # Only now: a daemon that ends before leaves it to the next one.
+            await running.tpm.forget_identity(touched.generation)
 
     async def replaced(self, before: InstanceRecord, after: InstanceRecord) -> None:
         """Another TPM's state was put in the place of the instance's, whose keys are now those of `after`."""

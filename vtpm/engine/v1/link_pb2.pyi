@@ -1009,7 +1009,7 @@ Global___NvContents: _TypeAlias = NvContents  # noqa: Y015
 
 @_typing.final
 class IdentityTouched(_message.Message):
-    """GetKeys with `take_ordinals` says which; until then it is not said again."""
+    """GetKeys says which commands. It is not said again until they are forgotten."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1089,17 +1089,17 @@ Global___Loaded: _TypeAlias = Loaded  # noqa: Y015
 class GetKeys(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    TAKE_ORDINALS_FIELD_NUMBER: _builtins.int
-    take_ordinals: _builtins.bool
-    """Give the ordinals of IdentityTouched too, and forget them."""
+    FORGET_GENERATION_FIELD_NUMBER: _builtins.int
+    forget_generation: _builtins.int
+    """Forget the ordinals of IdentityTouched, if nothing came to them since they had this generation."""
     def __init__(
         self,
         *,
-        take_ordinals: _builtins.bool = ...,
+        forget_generation: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["take_ordinals", b"take_ordinals"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["forget_generation", b"forget_generation"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1112,6 +1112,8 @@ class Keys(_message.Message):
     KEYS_FIELD_NUMBER: _builtins.int
     PCR_BANKS_FIELD_NUMBER: _builtins.int
     IDENTITY_ORDINALS_FIELD_NUMBER: _builtins.int
+    IDENTITY_GENERATION_FIELD_NUMBER: _builtins.int
+    identity_generation: _builtins.int
     @_builtins.property
     def keys(self) -> _containers.RepeatedCompositeFieldContainer[Global___ManufacturedKey]: ...
     @_builtins.property
@@ -1119,17 +1121,20 @@ class Keys(_message.Message):
         """The allocated banks, by the names of their hashes."""
 
     @_builtins.property
-    def identity_ordinals(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def identity_ordinals(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Commands of IdentityTouched that nobody has dealt with; the generation rises with each."""
+
     def __init__(
         self,
         *,
         keys: _abc.Iterable[Global___ManufacturedKey] | None = ...,
         pcr_banks: _abc.Iterable[_builtins.str] | None = ...,
         identity_ordinals: _abc.Iterable[_builtins.int] | None = ...,
+        identity_generation: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["identity_ordinals", b"identity_ordinals", "keys", b"keys", "pcr_banks", b"pcr_banks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["identity_generation", b"identity_generation", "identity_ordinals", b"identity_ordinals", "keys", b"keys", "pcr_banks", b"pcr_banks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
