@@ -12,11 +12,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 import structlog
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from vtpm.errors import VtpmError
 from vtpm.instance.certification import AK, PLATFORM
 from vtpm.store.model import CertificateRecord, IdentityState, InstanceRecord, KeyRecord
 from vtpm.tpm.codes import CommandCode
+from vtpm.tpm.keys import public_key
 
 if TYPE_CHECKING:
     from vtpm.instance.identity import Identity
@@ -69,19 +73,27 @@ class IdentityKeeper:
             # Only now: a daemon that ends before leaves it to the next one.
             await running.tpm.forget_identity(touched.generation)
 
-    async def replaced(self, before: InstanceRecord, after: InstanceRecord) -> None:
-        """Another TPM's state was put in the place of the instance's, whose keys are now those of `after`."""
-        known = {key.tpmt_public for key in after.keys}
-        ended = {key.tpmt_public for key in before.keys} - known
-        await self._write_down(after, list(after.keys), ended, before)
+    async def replaced(self, record: InstanceRecord) -> None:
+        """Another TPM's state was put in the place of the instance's, whose keys are now those of `record`.
 
-    async def _write_down(
-        self, record: InstanceRecord, keys: list[KeyRecord], ended: set[bytes], before: InstanceRecord | None = None
-    ) -> None:
+        While they are not known, as before a TPM is started, nothing is revoked: it may be the same TPM's.
+        """
         current = await self._lifecycle.blocking(self._store.certificates.current, record.id)
-        gone = _certificates_of(before or record, ended, current)
-        identity = IdentityState.CHANGED if gone else record.identity
-        if tuple(keys) == record.keys and identity is record.identity:
+        if not any(item.revoked_at is None for item in current):
+            return
+        gone = await self._lifecycle.blocking(_foreign, record, current) if record.keys else []
+        identity = IdentityState.CHANGED if gone or not record.keys else IdentityState.CERTIFIED
+        await self._save(record, record.keys, identity, gone)
+
+    async def _write_down(self, record: InstanceRecord, keys: Sequence[KeyRecord], ended: set[bytes]) -> None:
+        current = await self._lifecycle.blocking(self._store.certificates.current, record.id)
+        gone = _certificates_of(record, ended, current)
+        await self._save(record, keys, IdentityState.CHANGED if gone else record.identity, gone)
+
+    async def _save(
+        self, record: InstanceRecord, keys: Sequence[KeyRecord], identity: IdentityState, gone: Sequence[CertificateRecord]
+    ) -> None:
+        if tuple(keys) == record.keys and identity is record.identity and not gone:
             return
         serials = [item.serial for item in gone]
         await self._lifecycle.blocking(self._store.identities.change, record.id, keys, identity, serials, REASON)
@@ -102,3 +114,22 @@ def _certificates_of(
     if any(item.kind == "EK" for item in gone):
         gone += [item for item in current if item.revoked_at is None and item.kind == PLATFORM]
     return gone
+
+
+def _foreign(record: InstanceRecord, current: Sequence[CertificateRecord]) -> list[CertificateRecord]:
+    """Return the certificates of keys that the instance's TPM does not have. Blocking."""
+    there = {_spki(public_key(key.tpmt_public)) for key in record.keys}
+    valid = [item for item in current if item.revoked_at is None]
+    gone = [
+        item
+        for item in valid
+        if item.kind in ("EK", AK) and _spki(x509.load_der_x509_certificate(item.der).public_key()) not in there
+    ]
+    if any(item.kind == "EK" for item in gone):
+        # What hangs on the same seed.
+        gone += [item for item in valid if item.kind in (PLATFORM, "GUEST_AK")]
+    return gone
+
+
+def _spki(key: PublicKeyTypes) -> bytes:
+    return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)

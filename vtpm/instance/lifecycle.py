@@ -222,11 +222,10 @@ class Lifecycle:
             keys = ()
         if keys == running.record.keys and banks in ((), running.record.profile.pcr_banks):
             return
-        before = running.record
         record = await self.blocking(self.store.set_keys, running.record.id, keys, banks)
         self.refresh(record)
         if self._keeper is not None:
-            await self._keeper.replaced(before, record)
+            await self._keeper.replaced(record)
             record = running.record
         log.info("instance.keys_changed", instance=str(record.id), name=record.name)
         self.hub.publish("UPDATED", record)
