@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import struct
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from tests.integration.conftest import Tool
 from tests.support.certs import certificates, chain
@@ -168,8 +170,36 @@ def test_a_late_answer_is_refused(tool: Bind, tmp_path: Path) -> None:
         guest = Guest(instance, tool(instance), tmp_path)
         begun = guest.begin(guest.make_ak())
         secret = guest.activate(begun)
-        import time
-
         time.sleep(max(0.0, begun.expire_time.seconds + 1.1 - time.time()))
         assert refused(lambda: guest.complete(begun.activation, secret)) == "ACTIVATION_EXPIRED"
         guest.client.close()
+
+
+@pytest.mark.parametrize(("ek", "evicted"), [(pb.RSA_2048, False), (pb.ECC_P256, True), (pb.ECC_P384, False)])
+def test_vtpm_ak_certify_does_it_all(
+    daemon: DaemonProcess, name: str, tool: Bind, tmp_path: Path, ek: pb.KeyAlgorithm.ValueType, evicted: bool
+) -> None:
+    instance = daemon.running(name, profile=pb.Profile(ek_algorithms=[ek]))
+    run = tool(instance)
+    run("tpm2_createek", "-c", "ek.ctx", "-G", "ecc")
+    kind = ("-G", "ecc", "-g", "sha256", "-s", "ecdsa")
+    run("tpm2_createak", "-C", "ek.ctx", "-c", "ak.ctx", *kind, "-u", "ak.pem", "-f", "pem")
+    run("tpm2_flushcontext", "-t")
+    run("tpm2_evictcontrol", "-c", "ak.ctx", "0x81010099")
+    run("tpm2_flushcontext", "-t")
+    if evicted:
+        run("tpm2_evictcontrol", "-c", "0x81010002")
+        deadline = time.monotonic() + 10
+        while daemon.get(name).keys[0].handle:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    out = tmp_path / "ak-chain.pem"
+    where = ("--address", f"unix:{instance.guest_socket}")
+    daemon.vtpm(*where, "ak", "certify", "0x81010099", "--tcti", f"swtpm:path={instance.tpm_socket}", "--out", str(out))
+    certificate, issuing, root = x509.load_pem_x509_certificates(out.read_bytes())
+    certificate.verify_directly_issued_by(issuing)
+    issuing.verify_directly_issued_by(root)
+    public = certificate.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    assert public == (tmp_path / "ak.pem").read_bytes()
+    for handles in ("handles-transient", "handles-loaded-session", "handles-saved-session"):
+        assert run("tpm2_getcap", handles).stdout == b""

@@ -207,6 +207,19 @@ def test_a_new_endorsement_seed_ends_the_ek_certificates(daemon: DaemonProcess, 
     assert reason == "cessationOfOperation"
 
 
+def test_a_new_platform_seed_ends_the_ak_certificate(daemon: DaemonProcess, name: str, tool: Bind) -> None:
+    daemon.create(name)
+    instance = daemon.power_on(name, pb.STARTUP_NONE)
+    before = certificates(daemon, name)
+    run = tool(instance)
+    run("tpm2_startup", "-c")
+    run("tpm2_changepps")
+    until(lambda: daemon.get(name).identity == pb.CHANGED)
+    assert [key.role for key in daemon.get(name).keys] == [pb.EK]
+    revoked = {kind for kind, item in before.items() if int(item.serial, 16) in revoked_serials(daemon)}
+    assert revoked == {("AK", "ECC_P256")}
+
+
 def test_a_failed_change_changes_nothing(daemon: DaemonProcess, name: str, tool: Bind) -> None:
     instance = daemon.running(name)
     # Platform authorization is closed.

@@ -11,7 +11,7 @@ import typer
 
 from vtpm import __version__
 from vtpm.api.v1 import instance_pb2 as pb
-from vtpm.cli import ca, certificates, exchange, exits, instances, output, tpm
+from vtpm.cli import ak, ca, certificates, exchange, exits, instances, output, tpm
 from vtpm.cli.context import OutputOption, Place, cli_settings, connected, fail, say
 from vtpm.cli.output import Format
 from vtpm.errors import VtpmError
@@ -27,6 +27,7 @@ certificates.register(instances.app)
 app.add_typer(instances.app, name="instance")
 app.add_typer(ca.app, name="ca")
 app.add_typer(key_app, name="key")
+app.add_typer(ak.app, name="ak")
 app.add_typer(host_app, name="host")
 app.add_typer(config_app, name="config")
 tpm.register(app)

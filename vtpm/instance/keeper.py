@@ -62,13 +62,15 @@ class IdentityKeeper:
                 ended_roles |= {"EK", "GUEST_AK"}
             if CommandCode.ChangePPS in ordinals:
                 ended_roles |= {AK}
-            publics = {key.tpmt_public for key in present}
-            ended = {key.tpmt_public for key in record.keys if key.role in ended_roles} - publics
-            keys = list(present)
-            for key in record.keys:
-                if key.tpmt_public not in publics and key.tpmt_public not in ended:
-                    # Not persistent any more; who wants it makes it again.
-                    keys.append(dataclasses.replace(key, handle=0))
+            there = {key.tpmt_public: key for key in present}
+            ended = {key.tpmt_public for key in record.keys if key.role in ended_roles} - there.keys()
+            # Those that are not persistent any more are made again by who wants them.
+            keys = [
+                there.pop(key.tpmt_public, dataclasses.replace(key, handle=0))
+                for key in record.keys
+                if key.tpmt_public not in ended
+            ]
+            keys += there.values()
             await self._write_down(record, keys, ended)
             # Only now: a daemon that ends before leaves it to the next one.
             await running.tpm.forget_identity(touched.generation)
