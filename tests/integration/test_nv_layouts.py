@@ -40,6 +40,7 @@ def test_azure_has_an_ak_its_certificate_and_a_report(daemon: DaemonProcess, nam
     assert contents.startswith(der)
     assert not contents[len(der) :].strip(b"\0")
     x509.load_der_x509_certificate(der).verify_directly_issued_by(chain(daemon)[0])
+    assert daemon.vtpm("instance", "cert", name, "--kind", "guest-ak", "--format", "der").stdout == der
     run("tpm2_readpublic", "-c", "0x81000003", "-f", "pem", "-o", "ak.pem")
     assert (tmp_path / "ak.pem").read_text() == pem_of(der)
     quote = ("-l", "sha256:0,7", "-q", "abcd", "-m", "msg", "-s", "sig", "-g", "sha256")

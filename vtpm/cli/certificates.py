@@ -26,6 +26,7 @@ class Kind(enum.StrEnum):
     EK_RSA = "ek-rsa"
     EK_ECC = "ek-ecc"
     AK = "ak"
+    GUEST_AK = "guest-ak"
     PLATFORM = "platform"
 
 
@@ -41,6 +42,7 @@ _WANTED: Final[dict[Kind, Callable[[pb.Certificate], bool]]] = {
     Kind.EK_RSA: lambda one: one.kind == "EK" and one.algorithm.startswith("RSA"),
     Kind.EK_ECC: lambda one: one.kind == "EK" and one.algorithm.startswith("ECC"),
     Kind.AK: lambda one: one.kind == "AK",
+    Kind.GUEST_AK: lambda one: one.kind == "GUEST_AK",
     Kind.PLATFORM: lambda one: one.kind == _PLATFORM,
 }
 
