@@ -95,6 +95,9 @@ class Renewal:
     async def _renew_on(self, running: Running, authority: Authority) -> None:
         record = running.record
         async with self._lifecycle.lock(record.id):
+            if running.gone.is_set():
+                # Stopped meanwhile: it is due at its next power on.
+                return
             present = {key.tpmt_public for key in (await running.tpm.keys())[0]}
             for key, issued in await self._lifecycle.blocking(self._issue, authority, record):
                 if (key.role == AK or key.handle) and key.tpmt_public not in present:
