@@ -174,6 +174,60 @@ class Settings(BaseSettings):
         default_factory=dict,
         description="Whose calls on `vsock_port` go where: CID of the VM to instance name or id. JSON in a flag or variable.",
     )
+    ca: Literal["auto", "manual", "none"] = Field(
+        default="auto",
+        description="The CA: `auto` makes one where there is none, `manual` leaves that to `vtpm ca`, `none`: no CA.",
+    )
+    ca_name: str = Field(default="vTPM", min_length=1, max_length=32, description="Beginning of the names of CAs made here.")
+    ca_trust_domain: str = Field(
+        default="vtpm.internal",
+        pattern=r"^[a-z0-9._-]{1,255}$",
+        description="SPIFFE trust domain of the ids in AK certificates.",
+    )
+    ca_ek_lifetime_days: int = Field(
+        default=3650, ge=1, le=36500, description="How long EK and platform certificates are valid; never longer than their CA."
+    )
+    ca_ak_lifetime_hours: int = Field(default=24, ge=1, le=8760, description="How long AK certificates are valid.")
+    ca_crl_lifetime_hours: int = Field(
+        default=24, ge=1, le=8760, description="Time from a CRL to its nextUpdate; a new one is made after half of it."
+    )
+    ca_policy_oid: str = Field(
+        default="",
+        pattern=r"^(([01]\.([1-3]?[0-9])|2\.(0|[1-9][0-9]{0,9}))(\.(0|[1-9][0-9]{0,9})){1,30})?$",
+        description="Certificate policy (OID) that certificates name; empty: none, and anyPolicy in platform certificates.",
+    )
+    ca_policy_uri: str = Field(
+        default="", pattern=r"^(https?://[!-~]{1,200})?$", description="Where that policy can be read (CPS URI)."
+    )
+    ca_pkcs11_module: str = Field(default="", description="PKCS#11 library of the token with the CA's key.")
+    ca_pkcs11_pin_file: str = Field(
+        default="", description="File with that token's PIN; else it is taken from the variable `VTPM_CA_PKCS11_PIN`."
+    )
+    pki_http_address: str = Field(
+        default="", description="`host:port` to serve CRLs and CA certificates on over HTTP; empty: none."
+    )
+    pki_base_url: str = Field(
+        default="",
+        pattern=r"^(http://[!-~]{1,200})?$",
+        description="URL by which relying parties reach `pki_http_address`; certificates name it. Empty: they name none.",
+    )
+
+    pool_size: int = Field(
+        default=4,
+        ge=0,
+        le=1000,
+        description="How many TPMs of the default profile are kept ready, so that a creation need not make one; 0: none.",
+    )
+    activation_timeout_s: float = Field(
+        default=120, gt=0, le=3600, description="How long a guest may take to prove an AK of its own (ActivationService)."
+    )
+    platform_manufacturer: str = Field(
+        default="vTPM", min_length=1, max_length=256, description="What platform certificates name as the VMs' manufacturer."
+    )
+    platform_model: str = Field(
+        default="vTPM VM", min_length=1, max_length=256, description="What they name as model, unless a creation says another."
+    )
+    platform_version: str = Field(default="1", min_length=1, max_length=256, description="What they name as version.")
 
     @classmethod
     def settings_customise_sources(

@@ -23,6 +23,7 @@ import uvloop
 
 from vtpm import __version__
 from vtpm.api.server import ApiServer
+from vtpm.certification import begin_upkeep, look_after_identities, open_desk
 from vtpm.config import Settings
 from vtpm.engine import sandbox
 from vtpm.engine.committer import CommitReport, Committer
@@ -31,6 +32,7 @@ from vtpm.engine.stats import BUCKETS_NS
 from vtpm.engine.worker_engine import worker_engines
 from vtpm.engine.workers import Workers
 from vtpm.errors import ConfigError, VtpmError
+from vtpm.instance.activation import Activations
 from vtpm.instance.anchors import open_freshness
 from vtpm.instance.durability import Durability
 from vtpm.instance.lifecycle import Lifecycle
@@ -91,6 +93,7 @@ class Daemon:
             freshness = open_freshness(settings, store, keys)
             # After the last commit, before the store closes.
             stack.push_async_callback(freshness.close)
+            desk = await open_desk(settings, store, keys, stack)
             committer = Committer(store.commit, lambda report: _observe(metrics, report))
             stack.callback(committer.close)
             workers = Workers(
@@ -115,6 +118,7 @@ class Daemon:
             )
             lifecycle.thaws.observe = metrics.observe_thaw
             stack.push_async_callback(lifecycle.close)
+            creation = look_after_identities(lifecycle, settings, metrics, desk)
             lifecycle.thaws.pause()
             await lifecycle.recover()
             await freshness.begin(lifecycle)
@@ -124,6 +128,7 @@ class Daemon:
                 lifecycle.check_fresh = freshness.check
             manager = InstanceManager(
                 lifecycle,
+                creation,
                 default_engine=settings.default_engine,
                 state_dir=settings.state_dir,
                 runtime_dir=settings.runtime_dir,
@@ -144,13 +149,17 @@ class Daemon:
                 stack.push_async_callback(vsock.close)
             listener = inherited_listener(os.environ)
             own_socket = settings.runtime_dir / "api.sock" if listener else None
-            api = ApiServer(manager, settings, metrics, Durability(lifecycle, freshness), operator_socket=own_socket)
+            activations = Activations(lifecycle, creation.identity, timeout_s=settings.activation_timeout_s)
+            api = ApiServer(
+                manager, settings, metrics, Durability(lifecycle, freshness), desk, activations, operator_socket=own_socket
+            )
             await api.start()
             stack.push_async_callback(api.stop)
             activated = ActivatedListener(listener, own_socket) if listener and own_socket else None
             if activated is not None:
                 stack.push_async_callback(activated.close)
                 activated.start()
+            await begin_upkeep(manager, lifecycle, creation, settings, stack)
             if settings.metrics_address:
                 metrics.start_http_server(settings.metrics_address)
                 observer = asyncio.get_running_loop().create_task(_observe_instances(manager, metrics))

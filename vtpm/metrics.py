@@ -70,6 +70,45 @@ class Metrics:
         self._commands = _CommandCollector(command_bounds_ns)
         self.registry.register(self._commands)
 
+        self._pool_level = Gauge("vtpm_pool_level", "TPMs made ahead, for instances to come.", registry=self.registry)
+        self._pool_claims = Counter(
+            "vtpm_pool_claims", "Creations by where their TPM came from.", ["result"], registry=self.registry
+        )
+        self._ak_renewals = Counter("vtpm_ak_renewals", "Renewals of AK certificates.", ["result"], registry=self.registry)
+        self._ak_overdue = Gauge(
+            "vtpm_ak_renewals_overdue", "AK certificates of instances that are ON and past renewal.", registry=self.registry
+        )
+        self._identity_changes = Counter(
+            "vtpm_identity_changes", "Instances whose certified keys were ended by their guest.", registry=self.registry
+        )
+        self._activations = Counter(
+            "vtpm_activations", "Credential activations for AKs that guests made.", ["result"], registry=self.registry
+        )
+
+    def set_pool_level(self, level: int) -> None:
+        """Take over how many TPMs the pool has."""
+        self._pool_level.set(level)
+
+    def count_creation(self, result: str) -> None:
+        """Count a creation: `pool`, `pool_rewritten` or `cold`."""
+        self._pool_claims.labels(result).inc()
+
+    def count_renewal(self, result: str) -> None:
+        """Count a renewal of an AK certificate: `written`, `unwritten` (not to NV) or `failed`."""
+        self._ak_renewals.labels(result).inc()
+
+    def set_overdue(self, count: int) -> None:
+        """Take over how many AK certificates of running instances should have been renewed."""
+        self._ak_overdue.set(count)
+
+    def count_identity_change(self) -> None:
+        """Count an instance whose guest ended certified keys."""
+        self._identity_changes.inc()
+
+    def count_activation(self, result: str) -> None:
+        """Count a step of an activation: `begun`, `certified`, `refused` or `limited`."""
+        self._activations.labels(result).inc()
+
     def observe_ordinals(self, ordinal: int, count: int, nanos: int, buckets: Sequence[int]) -> None:
         """Add what a worker counted of one ordinal since it was last asked."""
         old_count, old_nanos, old_buckets = self._commands.rows.get(ordinal, (0, 0, [0] * len(buckets)))

@@ -13,6 +13,7 @@ from pathlib import Path
 from tests.bench import swtpm
 from tests.bench.blackout import blackout
 from tests.bench.boot import boot
+from tests.bench.certified import certified
 from tests.bench.dropin import dropin
 from tests.bench.hibernation import hibernation
 from tests.bench.limits import hostile, writes
@@ -155,6 +156,7 @@ def quotes() -> list[Row]:
 ROWS = {
     "socket": on_the_socket,
     "create": create,
+    "certified": certified,
     "restart": restart,
     "memory": memory,
     "quotes": quotes,

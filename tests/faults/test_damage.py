@@ -173,6 +173,9 @@ def test_the_key_file_of_another_store_opens_nothing_and_harms_nothing(own_daemo
     daemon.stop()
     content = key_file(daemon).read_bytes()
     _wrong_key(daemon)
+    assert start_refused(daemon) == "KEY_UNKNOWN"
+    # Without its certificate authority it starts, and names the instances that it can't open.
+    daemon.environment["VTPM_CA"] = "none"
     daemon.start()
     with pytest.raises(VtpmError) as caught:
         daemon.power_on("web-1")

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from tests.integration.conftest import Tool
+from tests.support.certs import certificates, revoked_serials
 from tests.support.daemon import DaemonProcess
 from tests.support.exchange import (
     KEY_256,
@@ -29,6 +30,7 @@ from tests.support.exchange import (
     of_swtpm,
 )
 from vtpm.api.v1 import instance_pb2 as pb
+from vtpm.cli.exchange import put_state, take_state
 from vtpm.cli.swtpm_files import KeySource, locked, read_state, state_directory
 from vtpm.errors import VtpmError
 from vtpm.wire import swtpm_state
@@ -345,3 +347,25 @@ def test_the_directory_stays_locked_while_it_is_read(tmp_path: Path, old: tuple[
         ask = "import fcntl,sys; fcntl.lockf(open(sys.argv[1],'r+b'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
         done = subprocess.run([sys.executable, "-c", ask, str(old[0] / ".lock")], capture_output=True, check=False)
         assert b"BlockingIOError" in done.stderr
+
+
+def test_an_imported_tpm_is_not_what_was_certified(
+    daemon: DaemonProcess, name: str, old: tuple[Path, dict[str, bytes]]
+) -> None:
+    """The instance that it went to had certificates; they are revoked as soon as its keys are known to be others."""
+    daemon.vtpm("instance", "import", "--from-swtpm", str(old[0]), name)
+    imported = daemon.get(name)
+    assert imported.identity == pb.CHANGED
+    daemon.power_on(name)
+    assert daemon.get(name).identity == pb.CHANGED
+    revoked = revoked_serials(daemon)
+    assert all(int(item.serial, 16) in revoked for item in certificates(daemon, name).values())
+
+
+def test_its_own_state_brings_an_instance_its_identity_back(daemon: DaemonProcess, name: str) -> None:
+    made = daemon.create(name)
+    put_state(made.control_socket, take_state(made.control_socket))
+    daemon.until(name, pb.OFF)
+    daemon.power_on(name)
+    assert daemon.get(name).identity == pb.CERTIFIED
+    assert not revoked_serials(daemon) & {int(item.serial, 16) for item in certificates(daemon, name).values()}

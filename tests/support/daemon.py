@@ -55,6 +55,8 @@ class DaemonProcess:
             "VTPM_RUNTIME_DIR": str(self.runtime_dir),
             # Crash points are looked at in the test build only.
             "VTPM_TEST_BUILD": "1",
+            # No pool: its refilling takes the processor from what is tested.
+            "VTPM_POOL_SIZE": "0",
         }
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("VTPM_")}
         return inherited | own | self.environment

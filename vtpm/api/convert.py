@@ -14,7 +14,7 @@ from vtpm.api.v1 import instance_pb2 as pb
 from vtpm.api.v1 import tpm_pb2 as tpm_pb
 from vtpm.errors import InvalidArgumentError
 from vtpm.instance.model import CreateRequest, DrainProgress, HostInfo, InstanceChange, LabelChanges, PcrValue
-from vtpm.store.model import InstanceRecord
+from vtpm.store.model import InstanceRecord, PlatformRecord
 from vtpm.tpm.keys import public_pem
 from vtpm.tpm.pcr import PCR_COUNT, PcrBank, PcrSelection
 
@@ -118,6 +118,17 @@ def pcr_bank(value: pb.PcrBank.ValueType) -> str:
     return pb.PcrBank.Name(value).lower()
 
 
+def nv_layout(value: pb.NvLayout.ValueType) -> str:
+    """Return the name of an NV layout, as in vtpm.tpm.layouts.NvLayout.
+
+    Raises:
+        InvalidArgumentError: PROFILE_INVALID.
+    """
+    if value == pb.NV_LAYOUT_UNSPECIFIED or value not in pb.NvLayout.values():
+        raise _profile_invalid("NV layout", pb.NvLayout.keys()[1:])
+    return pb.NvLayout.Name(value)
+
+
 def _profile_invalid(what: str, allowed: Iterable[str]) -> InvalidArgumentError:
     return InvalidArgumentError("PROFILE_INVALID", f"there is no such {what}", remedy=f"use {', '.join(allowed)}")
 
@@ -139,6 +150,8 @@ def create_request(request: pb.CreateInstanceRequest) -> CreateRequest:
         pcr_banks=tuple(pcr_bank(value) for value in profile.pcr_banks),
         engine=request.engine,
         request_id=request.request_id,
+        nv_layout=nv_layout(profile.nv_layout) if profile.nv_layout else "",
+        platform=PlatformRecord(request.platform.manufacturer, request.platform.model, request.platform.version),
     )
 
 
@@ -230,6 +243,7 @@ def instance_to_proto(
             ek_algorithms=[pb.KeyAlgorithm.Value(name) for name in record.profile.ek_algorithms],
             ak_algorithm=pb.KeyAlgorithm.Value(record.profile.ak_algorithm),
             pcr_banks=[pb.PcrBank.Value(name.upper()) for name in record.profile.pcr_banks],
+            nv_layout=pb.NvLayout.Value(record.profile.nv_layout),
         ),
         keys=[
             pb.Key(
@@ -250,6 +264,10 @@ def instance_to_proto(
         control_socket=str(control_socket),
         epoch=record.epoch,
         hibernated=hibernated,
+        platform=pb.Platform(
+            manufacturer=record.platform.manufacturer, model=record.platform.model, version=record.platform.version
+        ),
+        identity=pb.Identity.Value(record.identity.value),
     )
     if record.failure is not None:
         failure = record.failure

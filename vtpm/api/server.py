@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -14,6 +15,8 @@ from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 from grpc_reflection.v1alpha.reflection_pb2_grpc import add_ServerReflectionServicer_to_server
 
 from vtpm.api.access import Access, GuestAccess, OperatorAccess
+from vtpm.api.activation import ActivationDesk, ActivationServicer
+from vtpm.api.certificates import Certificates, CertificateServicer
 from vtpm.api.drain import Drain
 from vtpm.api.durability import Durability, DurabilityServicer
 from vtpm.api.guests import GuestServers
@@ -26,6 +29,8 @@ from vtpm.api.ports import ApiSettings, Instances, RequestMetrics
 from vtpm.api.sockets import admit_group, group_id, serve_on
 from vtpm.api.tpm import TpmServicer
 from vtpm.api.tracing import open_tracing
+from vtpm.api.v1.activation_pb2_grpc import add_ActivationServiceServicer_to_server
+from vtpm.api.v1.certificate_pb2_grpc import add_CertificateServiceServicer_to_server
 from vtpm.api.v1.durability_pb2_grpc import add_DurabilityServiceServicer_to_server
 from vtpm.api.v1.instance_pb2_grpc import add_HostServiceServicer_to_server, add_InstanceServiceServicer_to_server
 from vtpm.api.v1.tpm_pb2_grpc import add_TpmServiceServicer_to_server
@@ -37,6 +42,8 @@ INSTANCE_SERVICE: Final = "vtpm.v1.InstanceService"
 HOST_SERVICE: Final = "vtpm.v1.HostService"
 DURABILITY_SERVICE: Final = "vtpm.v1.DurabilityService"
 TPM_SERVICE: Final = "vtpm.v1.TpmService"
+CERTIFICATE_SERVICE: Final = "vtpm.v1.CertificateService"
+ACTIVATION_SERVICE: Final = "vtpm.v1.ActivationService"
 
 _KEEPALIVE_MS: Final = 60_000
 _KEEPALIVE_TIMEOUT_MS: Final = 20_000
@@ -56,11 +63,15 @@ class ApiServer:
         settings: ApiSettings,
         metrics: RequestMetrics,
         durability: Durability,
+        certificates: Certificates | None = None,
+        activations: ActivationDesk | None = None,
         *,
         operator_socket: Path | None = None,
     ) -> None:
         self._instances = instances
         self._durability = durability
+        self._activations = activations
+        self._certificates = certificates
         # Another one than the operators see, if somebody else listens there and brings what comes.
         self._operator_socket = operator_socket or settings.operator_socket
         self._settings = settings
@@ -121,8 +132,16 @@ class ApiServer:
         add_HostServiceServicer_to_server(HostServicer(self._instances, self._drain), server)
         add_TpmServiceServicer_to_server(TpmServicer(self._instances, self._drain, access), server)
         add_DurabilityServiceServicer_to_server(DurabilityServicer(self._durability, self._drain), server)
-        self._add_common(server, INSTANCE_SERVICE, HOST_SERVICE, TPM_SERVICE, DURABILITY_SERVICE)
+        add_CertificateServiceServicer_to_server(CertificateServicer(self._certificates, self._drain), server)
+        services = (INSTANCE_SERVICE, HOST_SERVICE, TPM_SERVICE, DURABILITY_SERVICE, CERTIFICATE_SERVICE)
+        self._add_common(server, *services, *self._add_activation(server, access))
         return server
+
+    def _add_activation(self, server: grpc.aio.Server, access: Access) -> Sequence[str]:
+        if self._activations is None:
+            return ()
+        add_ActivationServiceServicer_to_server(ActivationServicer(self._activations, self._drain, access), server)
+        return (ACTIVATION_SERVICE,)
 
     def _guest_server(self, record: InstanceRecord) -> grpc.aio.Server:
         access = GuestAccess(record.id, record.name)
@@ -130,7 +149,7 @@ class ApiServer:
         options = [("grpc.max_connection_idle_ms", _GUEST_IDLE_MS), ("grpc.max_concurrent_streams", most)]
         server = self._server(access, self._limits.guest(), options, most)
         add_TpmServiceServicer_to_server(TpmServicer(self._instances, self._drain, access), server)
-        self._add_common(server, TPM_SERVICE)
+        self._add_common(server, TPM_SERVICE, *self._add_activation(server, access))
         return server
 
     def _server(

@@ -22,13 +22,21 @@ class Client:
     def __init__(self, address: str) -> None:
         import grpc
 
-        from vtpm.api.v1 import durability_pb2_grpc, instance_pb2_grpc, tpm_pb2_grpc
+        from vtpm.api.v1 import (
+            activation_pb2_grpc,
+            certificate_pb2_grpc,
+            durability_pb2_grpc,
+            instance_pb2_grpc,
+            tpm_pb2_grpc,
+        )
 
         self.address = address
         self._channel = grpc.insecure_channel(address, options=[("grpc.max_receive_message_length", 64 << 20)])
         self.instances = instance_pb2_grpc.InstanceServiceStub(self._channel)
         self.host = instance_pb2_grpc.HostServiceStub(self._channel)
         self.durability = durability_pb2_grpc.DurabilityServiceStub(self._channel)
+        self.certificates = certificate_pb2_grpc.CertificateServiceStub(self._channel)
+        self.activation = activation_pb2_grpc.ActivationServiceStub(self._channel)
         self.tpm = tpm_pb2_grpc.TpmServiceStub(self._channel)
 
     def close(self) -> None:

@@ -60,6 +60,10 @@ def create(
     ak: Annotated[str, typer.Option(help="AK: p256 or rsa2048. Default: p256")] = "",
     pcr_banks: Annotated[str, typer.Option(help="Of sha1, sha256, sha384, sha512. Default: sha256,sha384")] = "",
     engine: Annotated[str, typer.Option(help="libtpms or tpm_server. Default: the daemon's")] = "",
+    nv_layout: Annotated[str, typer.Option(help="Where certificates are in NV: tcg, azure or gce. Default: tcg")] = "",
+    platform_model: Annotated[str, typer.Option(help="Model in the platform certificate. Default: the daemon's")] = "",
+    platform_manufacturer: Annotated[str, typer.Option(help="Manufacturer there. Default: the daemon's")] = "",
+    platform_version: Annotated[str, typer.Option(help="Version there. Default: the daemon's")] = "",
     start: Annotated[bool, typer.Option("--start", help="Power on at once.")] = False,
     form: OutputOption = Format.TABLE,
 ) -> None:
@@ -73,10 +77,19 @@ def create(
         ak_algorithm=ak_choice[0] if ak_choice else pb.KEY_ALGORITHM_UNSPECIFIED,
         pcr_banks=_choices(pcr_banks, banks, "--pcr-banks"),
     )
+    layouts = {layout.lower(): value for layout, value in pb.NvLayout.items() if value}
+    if chosen := _choices(nv_layout, layouts, "--nv-layout"):
+        profile.nv_layout = chosen[0]
+    platform = pb.Platform(manufacturer=platform_manufacturer, model=platform_model, version=platform_version)
     names = [name] if name else [f"{prefix}{number}" for number in range(1, count + 1)]
     requests = [
         pb.CreateInstanceRequest(
-            name=item, labels=parse_labels(label), profile=profile, engine=engine, request_id=str(uuid.uuid4())
+            name=item,
+            labels=parse_labels(label),
+            profile=profile,
+            engine=engine,
+            request_id=str(uuid.uuid4()),
+            platform=platform,
         )
         for item in names
     ]

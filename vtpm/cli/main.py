@@ -11,7 +11,7 @@ import typer
 
 from vtpm import __version__
 from vtpm.api.v1 import instance_pb2 as pb
-from vtpm.cli import anchor, backup, exchange, exits, host, instances, output, tpm
+from vtpm.cli import ak, anchor, backup, ca, certificates, exchange, exits, host, instances, output, tpm
 from vtpm.cli.context import OutputOption, Place, cli_settings, connected, fail, say
 from vtpm.cli.output import Format
 from vtpm.errors import VtpmError
@@ -23,8 +23,11 @@ key_app = typer.Typer(no_args_is_help=True, help="The key-encryption key.")
 config_app = typer.Typer(no_args_is_help=True, help="The configuration.")
 exchange.register(instances.app)
 anchor.register(instances.app, host.app)
+certificates.register(instances.app)
 app.add_typer(instances.app, name="instance")
+app.add_typer(ca.app, name="ca")
 app.add_typer(key_app, name="key")
+app.add_typer(ak.app, name="ak")
 app.add_typer(host.app, name="host")
 app.add_typer(config_app, name="config")
 app.add_typer(backup.app, name="backup")

@@ -33,6 +33,7 @@ def instance_dict(instance: pb.Instance) -> dict[str, Any]:
             "ek_algorithms": [pb.KeyAlgorithm.Name(item) for item in instance.profile.ek_algorithms],
             "ak_algorithm": pb.KeyAlgorithm.Name(instance.profile.ak_algorithm),
             "pcr_banks": [pb.PcrBank.Name(item).lower() for item in instance.profile.pcr_banks],
+            "nv_layout": pb.NvLayout.Name(instance.profile.nv_layout).lower(),
         },
         "keys": [
             {
@@ -43,6 +44,12 @@ def instance_dict(instance: pb.Instance) -> dict[str, Any]:
             }
             for key in instance.keys
         ],
+        "identity": pb.Identity.Name(instance.identity),
+        "platform": {
+            "manufacturer": instance.platform.manufacturer,
+            "model": instance.platform.model,
+            "version": instance.platform.version,
+        },
         "engine": instance.engine,
         "epoch": instance.epoch,
         "hibernated": instance.hibernated,
@@ -112,6 +119,8 @@ def instance(found: pb.Instance, form: Format) -> None:
     value["labels"] = ", ".join(f"{key}={text}" for key, text in value["labels"].items())
     profile = value.pop("profile")
     value["pcr_banks"] = ", ".join(profile["pcr_banks"])
+    value["nv_layout"] = profile["nv_layout"]
+    value["platform"] = " / ".join(filter(None, value["platform"].values()))
     value["keys"] = ", ".join(f"{key['role']} {key['algorithm']} {key['handle']}" for key in value["keys"])
     failure = value.pop("failure")
     if failure:

@@ -103,8 +103,15 @@ class DataChannels:
         self._rebind()
 
     def before_next_command(self, action: Callable[[], None]) -> None:
-        """Call `action` once, before the next command runs."""
-        self._before_next = action
+        """Call `action` once, before the next command runs, after what else is to be done then."""
+        earlier = self._before_next
+
+        def both() -> None:
+            if earlier is not None:
+                earlier()
+            action()
+
+        self._before_next = both
         self._rebind()
 
     def run_before_next(self) -> None:
@@ -161,13 +168,13 @@ class DataChannels:
                         untimed -= 1
                         response = process(size)
                         if tpm.dirty:
-                            commit()
+                            commit(ordinal, response)
                     else:
                         untimed = block - 1
                         start = now()
                         response = process(size)
                         if tpm.dirty:
-                            commit()
+                            commit(ordinal, response)
                         stats.time(ordinal, now() - start)
                         if throttle is not None:
                             # For this one and those that are not timed.
@@ -279,7 +286,7 @@ class DataChannels:
         start = time.perf_counter_ns()
         response = self._tpm.process_in_place(size)
         if self._tpm.dirty:
-            self._durable.commit()
+            self._durable.commit(ordinal, response)
         self.stats.time(ordinal, time.perf_counter_ns() - start)
         self.stats.count(ordinal)
         return response

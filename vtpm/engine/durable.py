@@ -19,17 +19,31 @@ from vtpm.engine.exits import EXIT_COMMIT_REFUSED, EXIT_COMMIT_TIMEOUT, Exit
 from vtpm.engine.framing import FrameReader, frame
 from vtpm.engine.v1 import link_pb2 as pb
 from vtpm.seal.envelope import Place, StateKind, seal, unseal
+from vtpm.tpm.codes import TPM_RC_SUCCESS, CommandCode
+from vtpm.tpm.command import HEADER
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vtpm.engine.software import SoftwareTpm
+    from vtpm.engine.software import Response, SoftwareTpm
 
 # As long as a disk takes to sync.
 _SYNC_NS: Final = 250_000
 _COMMITS_ASLEEP: Final = 200
 # The refusal of a snapshot by a store in trouble; its worker goes on without.
 SNAPSHOT_NOT_TAKEN: Final = "SNAPSHOT_NOT_TAKEN"
+_NV_WRITE: Final = int(CommandCode.NV_Write)
+# Looked for only where the permanent state has changed. Nearly every NV write is another's.
+_IDENTITY_COMMANDS: Final = frozenset(
+    int(code)
+    for code in (
+        CommandCode.ChangeEPS,
+        CommandCode.ChangePPS,
+        CommandCode.Clear,
+        CommandCode.HierarchyChangeAuth,
+        CommandCode.EvictControl,
+    )
+)
 
 
 class DurableState:
@@ -46,6 +60,12 @@ class DurableState:
         self._data_key = b""
         self._timeout_s = 60.0
         self._consuming = b""
+        # Commands that may have ended a key's life and that no daemon has dealt with; who is told of the first of them.
+        self.identity_ordinals: set[int] = set()
+        self.identity_generation = 0
+        self.on_identity: Callable[[], None] = lambda: None
+        # Called with each TPM2_NV_Write, which is still in the command's buffer.
+        self.on_nv_write: Callable[[], None] = lambda: None
         # Whether the last commit shared its sync with nobody, and for how many more the worker waits asleep.
         self._alone = False
         self._asleep = 0
@@ -86,13 +106,33 @@ class DurableState:
         """Whether there is a state that commits can be made of."""
         return bool(self._data_key)
 
+    def forget_identity(self, generation: int) -> None:
+        """A daemon has dealt with what there was at this generation; what came since is told again."""
+        if generation == self.identity_generation:
+            self.identity_ordinals.clear()
+        elif self.identity_ordinals:
+            self.on_identity()
+
+    def derive(self, make: Callable[[bytes, uuid.UUID], bytes]) -> bytes:
+        """Return what `make` makes of the data key and the instance; the key itself is not given away."""
+        return make(self._data_key, self.instance)
+
     def settle(self) -> None:
         """Commit if the TPM has changed; a TPM that is just being manufactured has nowhere to commit to."""
         if self._tpm.dirty and self._data_key:
             self.commit()
 
-    def commit(self) -> None:
-        """Seal the permanent state and have it made durable."""
+    def commit(self, ordinal: int = 0, response: Response | bytes = b"") -> None:
+        """Seal the permanent state and have it made durable; `ordinal` and `response` are of the command that changed it."""
+        if ordinal in _IDENTITY_COMMANDS and HEADER.unpack_from(response)[2] == TPM_RC_SUCCESS:
+            # Before the commit: whoever learns of it asks this thread, which answers when it is durable.
+            told = bool(self.identity_ordinals)
+            self.identity_ordinals.add(ordinal)
+            self.identity_generation += 1
+            if not told:
+                self.on_identity()
+        elif ordinal == _NV_WRITE:
+            self.on_nv_write()
         tpm = self._tpm
         assert tpm.permanent is not None
         crash_point("worker.before_seal")

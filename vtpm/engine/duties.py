@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from vtpm.crashpoints import crash_point
 from vtpm.engine.exits import EXIT_STOPPED, Exit
+from vtpm.engine.provisioning import Provisioning
 from vtpm.engine.stats import UNKNOWN_ORDINAL
 from vtpm.engine.v1 import link_pb2 as pb
 from vtpm.errors import FailedPreconditionError, InvalidArgumentError, TpmError, VtpmError
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
     from vtpm.engine.software import SoftwareTpm
 
 MAX_EVENT_LOG_SIZE: Final = 256 << 10
-_NEED_POWER: Final = frozenset(("read_pcrs", "quote", "measure", "get_event_log", "get_keys", "hash_sequence"))
+_NEED_POWER: Final = frozenset(
+    ("read_pcrs", "quote", "measure", "get_event_log", "get_keys", "hash_sequence", "write_nv", "read_nv")
+)
 _RUN_COMMANDS: Final = _NEED_POWER | {"execute"}
 
 
@@ -96,6 +99,8 @@ class Duties:
             "stop": self._stop,
             "hibernate": self._hibernate,
         }
+        self.provisioning = Provisioning(tpm, operations, durable)
+        self._requests |= self.provisioning.requests
 
     def forget(self) -> None:
         """Forget what was measured; PCRs are fresh after each power on."""
@@ -154,8 +159,13 @@ class Duties:
             [KeyAlgorithm(name) for name in order.ek_algorithms],
             KeyAlgorithm(order.ak_algorithm),
             [PcrBank.from_name(name) for name in order.pcr_banks],
+            hold=order.hold,
         )
-        reply.manufactured.sealed = self._durable.seal_first(order)
+        keys += [self._operations.make_extra_key(KeyAlgorithm(key.algorithm), key.handle) for key in order.extra_keys]
+        if order.hold:
+            reply.manufactured.properties.CopyFrom(self.provisioning.properties())
+        else:
+            reply.manufactured.sealed = self._durable.seal_first(order)
         crash_point("worker.after_manufacture")
         _add_keys(reply.manufactured, keys)
 
@@ -203,6 +213,7 @@ class Duties:
         reply.status.attached = self._power.attached
         reply.status.imported = self._power.imported
         reply.status.loaded = self._durable.ready
+        reply.status.identity_touched = bool(self._durable.identity_ordinals)
         if request.get_status.counts:
             self._channels.stats.drain(reply.status)
 
@@ -233,6 +244,10 @@ class Duties:
     def _get_keys(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:
         reply.keys.SetInParent()
         _add_keys(reply.keys, self._operations.keys())
+        if request.get_keys.forget_generation:
+            self._durable.forget_identity(request.get_keys.forget_generation)
+        reply.keys.identity_ordinals.extend(sorted(self._durable.identity_ordinals))
+        reply.keys.identity_generation = self._durable.identity_generation
         reply.keys.pcr_banks.extend(bank.hash_name for bank in self._operations.banks())
 
     def _read_pcrs(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:

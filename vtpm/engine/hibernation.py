@@ -100,6 +100,12 @@ class Hibernation:
 
     def hibernate(self) -> bool:
         """End the worker with EXIT_HIBERNATED; False if it can't now, with nothing changed."""
+        if self._platform.quiescent:
+            # What was only put off until there is time for it.
+            self._channels.run_before_next()
+        if self._durable.identity_ordinals:
+            # The daemon has not dealt yet with what became of the TPM's keys.
+            return False
         if self._loop.busy or not self._durable.ready or self._tpm.lifeline >= 0 or not self._platform.quiescent:
             return False
         self._durable.settle()

@@ -37,6 +37,7 @@ PROTOCOL: Final = 3
 MAX_MESSAGE_SIZE: Final = 64 << 10
 _WORKERS_A_MESSAGE: Final = 500
 _SPARES: Final = 2
+_MAX_NICE: Final = 19
 # An instance that is parked has its listeners and connections here.
 _DESCRIPTORS: Final = 1 << 20
 
@@ -210,6 +211,8 @@ class EngineHost:
                 self._watch(child.pidfd, functools.partial(self._on_exit, child))
                 self._watch(child.link.fileno(), functools.partial(self._on_link, child))
             try:
+                if order.nice:
+                    os.setpriority(os.PRIO_PROCESS, child.pid, min(order.nice, _MAX_NICE))
                 child.take_over(roles, fds)
             except OSError:
                 # A spare that has died meanwhile: its end is told of by its descriptor.

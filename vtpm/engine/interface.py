@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from vtpm.engine.identity import Certify, ExtraKey, TouchedKeys
 from vtpm.engine.v1 import link_pb2 as pb
 from vtpm.store.commits import AnyCommit
 from vtpm.store.model import KeyRecord, ProfileRecord, SealedState
+from vtpm.tpm.nv import NvEntry
 from vtpm.tpm.pcr import PcrBank, PcrSelection
 from vtpm.tpm.ptm import ControlCommand
 
@@ -160,6 +162,9 @@ class EngineEvents(Protocol):
     def parking_lost(self, instance: uuid.UUID, epoch: int) -> None:
         """The connections of a hibernated TPM are gone with the engine host; its state is in the store."""
 
+    def identity_touched(self, instance: uuid.UUID, epoch: int) -> None:
+        """The VM's side has run a command that may end a key's life; `RunningTpm.identity` says which."""
+
 
 class RunningTpm(Protocol):
     """A powered-on TPM. Every method raises EngineError when the TPM is gone and TpmError when it refuses."""
@@ -191,6 +196,18 @@ class RunningTpm(Protocol):
     async def keys(self) -> tuple[tuple[KeyRecord, ...], tuple[str, ...]]:
         """Return the persistent EKs and the AK, and the names of the PCR banks, as the TPM has them now."""
 
+    async def identity(self) -> TouchedKeys:
+        """Return the keys, and the commands that may have changed them."""
+
+    async def forget_identity(self, generation: int) -> None:
+        """What `identity` gave with this generation is dealt with; what came since is told anew."""
+
+    async def write_nv(self, index: int, data: bytes) -> None:
+        """Write an index that has an auth value of the service's, between two guest commands; zeros follow `data`."""
+
+    async def read_nv(self, index: int, *, secret_auth: bool = False) -> bytes:
+        """Read an index by its own auth, which is empty or the service's."""
+
     async def attach(self, connection: socket.socket) -> None:
         """Serve a control connection of the VM, whose end powers the TPM off."""
 
@@ -211,8 +228,22 @@ class Engine(Protocol):
     async def start(self, events: EngineEvents) -> Recovered:
         """Begin; return what happened without a daemon."""
 
-    async def manufacture(self, instance: uuid.UUID, profile: ProfileRecord, data_key: bytes) -> Manufactured:
-        """Make a new TPM and return it sealed; nothing of it runs on."""
+    async def manufacture(
+        self,
+        instance: uuid.UUID,
+        profile: ProfileRecord,
+        data_key: bytes,
+        *,
+        certify: Certify | None = None,
+        extra_keys: Sequence[ExtraKey] = (),
+        nice: int = 0,
+    ) -> Manufactured:
+        """Make a new TPM and return it sealed; nothing of it runs on. `certify` is asked what its NV holds."""
+
+    async def reprovision(
+        self, instance: uuid.UUID, state: SealedState, data_key: bytes, entries: Sequence[NvEntry]
+    ) -> SealedState:
+        """Define and write NV indices anew in a TPM that does not run; return its state at the next version of its epoch."""
 
     async def power_on(self, order: PowerOn) -> RunningTpm:
         """Run a TPM from its sealed state.

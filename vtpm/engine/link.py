@@ -16,6 +16,7 @@ from typing import Final, Protocol
 from vtpm import crashpoints
 from vtpm.engine import descriptors
 from vtpm.engine.framing import FrameReader, frame
+from vtpm.engine.identity import TouchedKeys, key_records
 from vtpm.engine.interface import PcrValue, PcrValues, Quoted
 from vtpm.engine.v1 import link_pb2 as pb
 from vtpm.errors import EngineError, ErrorKind, TpmError, VtpmError
@@ -191,6 +192,7 @@ class WorkerLink(asyncio.Protocol):
         self.on_imported: Callable[[], None] = lambda: None
         # Called when the worker's end has closed.
         self.on_lost: Callable[[], object] = lambda: None
+        self.on_identity_touched: Callable[[], None] = lambda: None
 
     @classmethod
     async def open(cls, instance: uuid.UUID, sock: socket.socket) -> WorkerLink:
@@ -214,6 +216,9 @@ class WorkerLink(asyncio.Protocol):
         for reply in replies:
             if reply.HasField("imported"):
                 self.on_imported()
+                continue
+            if reply.HasField("identity_touched"):
+                self.on_identity_touched()
                 continue
             future = self._pending.pop(reply.id, None)
             if future is not None and not future.done():
@@ -305,6 +310,24 @@ class WorkerLink(asyncio.Protocol):
     async def hibernate(self) -> None:
         """See RunningTpm. A worker that hibernates ends without a reply."""
         await self.request(pb.WorkerRequest(hibernate=pb.Hibernate()))
+
+    async def identity(self) -> TouchedKeys:
+        """See RunningTpm."""
+        found = (await self.request(pb.WorkerRequest(get_keys=pb.GetKeys()))).keys
+        return TouchedKeys(key_records(found.keys), tuple(found.identity_ordinals), found.identity_generation)
+
+    async def forget_identity(self, generation: int) -> None:
+        """See RunningTpm."""
+        await self.request(pb.WorkerRequest(get_keys=pb.GetKeys(forget_generation=generation)))
+
+    async def write_nv(self, index: int, data: bytes) -> None:
+        """See RunningTpm."""
+        await self.request(pb.WorkerRequest(write_nv=pb.WriteNv(index=index, data=data)))
+
+    async def read_nv(self, index: int, *, secret_auth: bool = False) -> bytes:
+        """See RunningTpm."""
+        order = pb.ReadNv(index=index, secret_auth=secret_auth)
+        return (await self.request(pb.WorkerRequest(read_nv=order))).nv_contents.data
 
     async def attach(self, connection: socket.socket) -> None:
         """See RunningTpm."""

@@ -67,10 +67,11 @@ def _tpm_errors(operation: str) -> Iterator[None]:
     except TSS2_Exception as error:
         if error.rc & _TPM_LAYER_MASK:
             raise EngineError("TSS_FAILED", f"{operation}: the TSS failed with 0x{error.rc:08x}") from None
-        raise _tpm_error(operation, error.rc) from None
+        raise tpm_error(operation, error.rc) from None
 
 
-def _tpm_error(operation: str, rc: int) -> TpmError:
+def tpm_error(operation: str, rc: int) -> TpmError:
+    """Return the error that a response code of a command of our own stands for."""
     name = response_code_name(rc)
     code = rc & 0xBF if rc & 0x80 else rc
     return TpmError(rc, name, f"{operation}: the TPM answered {name}", remedy=_REMEDIES.get(code, ""))
@@ -157,7 +158,7 @@ class Operations:
         """Run a command of our own at locality 0; return the response of its success."""
         response = self._tcti.run(command)
         if rc := response_code(response):
-            raise _tpm_error(operation, rc)
+            raise tpm_error(operation, rc)
         return response
 
     def quote(self, selections: Sequence[PcrSelection], nonce: bytes) -> tuple[bytes, bytes]:
@@ -190,7 +191,7 @@ class Operations:
                 if kind is not None and algorithm in (None, kind) and (role != "AK" or is_ak(public)):
                     found.append(ManufacturedKey(role, kind, handle, public))
             elif rc & _RC_FORMAT_ONE_MASK != _RC_HANDLE:
-                raise _tpm_error("TPM2_ReadPublic", rc)
+                raise tpm_error("TPM2_ReadPublic", rc)
         return found
 
     def ensure_ak(self, algorithm: KeyAlgorithm) -> None:
@@ -199,7 +200,7 @@ class Operations:
         if rc & _RC_FORMAT_ONE_MASK == _RC_HANDLE:
             self._make_ak(algorithm)
         elif rc:
-            raise _tpm_error("TPM2_ReadPublic", rc)
+            raise tpm_error("TPM2_ReadPublic", rc)
 
     def extend(self, pcr: int, data: bytes) -> dict[PcrBank, bytes]:
         """Extend `pcr` with the digest of `data` in every allocated bank (TPM2_PCR_Extend); return the digests."""
@@ -238,17 +239,39 @@ class Operations:
     def _make_ak(self, algorithm: KeyAlgorithm) -> ManufacturedKey:
         return self._make_primary("AK", algorithm, ESYS_TR.PLATFORM, ESYS_TR.PLATFORM, ak_template(algorithm), AK_HANDLE)
 
-    def _make_primary(
-        self, role: str, algorithm: KeyAlgorithm, hierarchy: int, evict_auth: int, template: bytes, handle: int
-    ) -> ManufacturedKey:
+    def make_extra_key(self, algorithm: KeyAlgorithm, handle: int) -> ManufacturedKey:
+        """Make a signing key in the endorsement hierarchy; persistent at `handle`, with 0 its public part alone is kept."""
+        if handle:
+            template = ak_template(algorithm)
+            return self._make_primary("GUEST_AK", algorithm, ESYS_TR.ENDORSEMENT, ESYS_TR.OWNER, template, handle)
+        transient, public = self._create_primary(ESYS_TR.ENDORSEMENT, ak_template(algorithm))
+        with _tpm_errors("TPM2_FlushContext"):
+            self._esapi.flush_context(transient)
+        return ManufacturedKey("GUEST_AK", algorithm, 0, public)
+
+    def make_transient_ak(self, algorithm: KeyAlgorithm) -> int:
+        """Make that key again; return its handle, for the caller to flush."""
+        transient, _ = self._create_primary(ESYS_TR.ENDORSEMENT, ak_template(algorithm))
+        handle = int(self._esapi.tr_get_tpm_handle(transient))
+        # The TSS forgets the object; the TPM keeps it.
+        self._esapi.tr_close(transient)
+        return handle
+
+    def _create_primary(self, hierarchy: int, template: bytes) -> tuple[Any, bytes]:
         public = TPM2B_PUBLIC(TPMT_PUBLIC.unmarshal(template)[0])
         with _tpm_errors("TPM2_CreatePrimary"):
             transient, made, *_ = self._esapi.create_primary(TPM2B_SENSITIVE_CREATE(), public, hierarchy)
+        return transient, made.publicArea.marshal()
+
+    def _make_primary(
+        self, role: str, algorithm: KeyAlgorithm, hierarchy: int, evict_auth: int, template: bytes, handle: int
+    ) -> ManufacturedKey:
+        transient, public = self._create_primary(hierarchy, template)
         with _tpm_errors("TPM2_EvictControl"):
             persistent = self._esapi.evict_control(evict_auth, transient, handle)
             self._esapi.tr_close(persistent)
             self._esapi.flush_context(transient)
-        return ManufacturedKey(role, algorithm, handle, made.publicArea.marshal())
+        return ManufacturedKey(role, algorithm, handle, public)
 
 
 def manufacture(
@@ -257,8 +280,13 @@ def manufacture(
     ek_algorithms: Sequence[KeyAlgorithm],
     ak_algorithm: KeyAlgorithm,
     banks: Sequence[PcrBank],
+    *,
+    hold: bool = False,
 ) -> list[ManufacturedKey]:
-    """Make a new TPM in `tpm`: seeds by the TPM itself, PCR banks, EKs, AK. It is left off, its state in `tpm.permanent`."""
+    """Make a new TPM in `tpm`: seeds by the TPM itself, PCR banks, EKs, AK.
+
+    It is left off, its state in `tpm.permanent`; with `hold` it is left on.
+    """
     tpm.manufacture()
     operations.forget()
     operations.startup_clear()
@@ -270,6 +298,7 @@ def manufacture(
         operations.forget()
         operations.startup_clear()
     keys = operations.make_keys(ek_algorithms, ak_algorithm)
-    operations.shutdown_clear()
-    tpm.power_off()
+    if not hold:
+        operations.shutdown_clear()
+        tpm.power_off()
     return keys

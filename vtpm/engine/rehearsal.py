@@ -24,6 +24,7 @@ from vtpm.engine.v1 import link_pb2 as pb
 from vtpm.engine.worker import Worker
 from vtpm.tpm.codes import CommandCode
 from vtpm.tpm.command import build
+from vtpm.tpm.layouts import RENEWED
 from vtpm.tpm.pcr import PcrBank, PcrSelection, marshal_selections
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 # CPython 3.11 specialises a function after eight calls.
 _TURNS: Final = 16
+# Any index of an owner's range.
+_INDEX: Final = 0x01800000
 # CMD_STOP, CMD_SET_BUFFERSIZE, CMD_INIT.
 _RESET: Final = (bytes.fromhex("0000000e"), bytes.fromhex("0000001100000000"), bytes.fromhex("0000000200000000"))
 
@@ -51,9 +54,17 @@ def rehearse(tpm: SoftwareTpm, operations: Operations) -> ThawRehearsal:
         worker = Worker(tpm, operations, host=host, operations_socket=ops, commits=commits)
         instance, key = uuid.uuid4().bytes, os.urandom(32)
         manufacture = pb.Manufacture(
-            data_key=key, instance=instance, ek_algorithms=["ECC_P384"], ak_algorithm="ECC_P256", pcr_banks=["sha256"]
+            data_key=key,
+            instance=instance,
+            ek_algorithms=["ECC_P384"],
+            ak_algorithm="ECC_P256",
+            pcr_banks=["sha256"],
+            hold=True,
         )
-        made = _ask(worker, ops_end, pb.WorkerRequest(manufacture=manufacture)).manufactured
+        _ask(worker, ops_end, pb.WorkerRequest(manufacture=manufacture))
+        entry = pb.NvEntry(index=_INDEX, attributes=RENEWED, data=b"rehearsal", size=64, secret_auth=True)
+        provision = pb.Provision(data_key=key, instance=instance, entries=[entry])
+        made = _ask(worker, ops_end, pb.WorkerRequest(provision=provision)).provisioned
         # The acknowledgements of all commits to come are there before they are asked for.
         for version in range(2, 2 + 4 * _TURNS):
             commits_end.sendall(frame(pb.CommitAck(version=version).SerializeToString()))

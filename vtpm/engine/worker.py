@@ -75,6 +75,8 @@ class Worker:
         self._epoll = select.epoll()
         self._handlers: dict[int, Callable[[], None]] = {}
         self._durable = DurableState(tpm, commits, self._await_daemon)
+        self._durable.on_identity = self._identity_touched
+        self._durable.on_nv_write = self._nv_written
         self._channels = DataChannels(tpm, self._durable, self._watch, self._unwatch, self._mute)
         self._controls: dict[int, ControlChannel] = {}
         self._platform = VmPlatform(tpm, self)
@@ -307,7 +309,20 @@ class Worker:
         self.imported = True
         reply = pb.WorkerReply()
         reply.imported.SetInParent()
-        # Without a daemon the next one finds out by the status.
+        self._tell(reply)
+
+    def _nv_written(self) -> None:
+        if self._duties.provisioning.concerns_report():
+            # Not now: the response to the guest is still where the TPM has left it.
+            self._channels.before_next_command(self._duties.provisioning.follow_user_data)
+
+    def _identity_touched(self) -> None:
+        reply = pb.WorkerReply()
+        reply.identity_touched.SetInParent()
+        self._tell(reply)
+
+    def _tell(self, reply: pb.WorkerReply) -> None:
+        """Say what nobody asked for. Without a daemon the next one finds out by the status."""
         with contextlib.suppress(OSError):
             self._ops.sendall(frame(reply.SerializeToString()))
 

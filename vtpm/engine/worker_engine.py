@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
+from vtpm.engine.identity import Certify, ExtraKey
 from vtpm.engine.interface import (
     EngineCapabilities,
     EngineEvents,
@@ -22,7 +23,8 @@ from vtpm.engine.software import LIBTPMS, TPM_SERVER
 from vtpm.engine.v1 import link_pb2 as pb
 from vtpm.engine.workers import Workers
 from vtpm.errors import EngineError, ErrorKind
-from vtpm.store.model import ProfileRecord
+from vtpm.store.model import ProfileRecord, SealedState
+from vtpm.tpm.nv import NvEntry
 
 
 class WorkerEngine:
@@ -70,9 +72,26 @@ class WorkerEngine:
             order.program = str(Path(path).absolute())
         return order
 
-    async def manufacture(self, instance: uuid.UUID, profile: ProfileRecord, data_key: bytes) -> Manufactured:
+    async def manufacture(
+        self,
+        instance: uuid.UUID,
+        profile: ProfileRecord,
+        data_key: bytes,
+        *,
+        certify: Certify | None = None,
+        extra_keys: Sequence[ExtraKey] = (),
+        nice: int = 0,
+    ) -> Manufactured:
         """See Engine."""
-        return await self._workers.manufacture(self._worker(), instance, profile, data_key)
+        worker = self._worker()
+        worker.nice = nice
+        return await self._workers.manufacture(worker, instance, profile, data_key, certify=certify, extra_keys=extra_keys)
+
+    async def reprovision(
+        self, instance: uuid.UUID, state: SealedState, data_key: bytes, entries: Sequence[NvEntry]
+    ) -> SealedState:
+        """See Engine."""
+        return await self._workers.reprovision(self._worker(), instance, state, data_key, entries)
 
     async def power_on(self, order: PowerOn) -> WorkerLink:
         """See Engine."""

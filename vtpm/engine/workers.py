@@ -25,6 +25,7 @@ from vtpm.engine.exits import (
     EXIT_STOPPED,
 )
 from vtpm.engine.host import PROTOCOL
+from vtpm.engine.identity import Certify, ExtraKey, FreshTpm, key_records, nv_entries
 from vtpm.engine.interface import (
     Adopted,
     EngineEvents,
@@ -43,7 +44,8 @@ from vtpm.engine.software import LIBTPMS
 from vtpm.engine.stock import Stock
 from vtpm.engine.v1 import link_pb2 as pb
 from vtpm.errors import EngineError, ErrorKind, VtpmError
-from vtpm.store.model import KeyRecord, ProfileRecord
+from vtpm.store.model import ProfileRecord, SealedState
+from vtpm.tpm.nv import NvEntry
 
 log: Final = structlog.get_logger("vtpm.engine")
 
@@ -272,6 +274,7 @@ class Workers:
         link.stopper = functools.partial(self._stop_worker, link, key)
         link.attacher = functools.partial(self._attach_to, key[0])
         link.on_imported = functools.partial(events.imported, uuid.UUID(key[0]), key[1])
+        link.on_identity_touched = functools.partial(events.identity_touched, uuid.UUID(key[0]), key[1])
 
     async def _attach_to(self, instance: str, connection: socket.socket) -> None:
         host = await self._live_host()
@@ -293,8 +296,17 @@ class Workers:
             self._committer.add(instance, order.epoch, pairs.commits)
             return await WorkerLink.open(instance, pairs.operations)
 
-    async def manufacture(self, worker: pb.Spawn, instance: uuid.UUID, profile: ProfileRecord, data_key: bytes) -> Manufactured:
-        """See Engine; `worker` says which engine."""
+    async def manufacture(
+        self,
+        worker: pb.Spawn,
+        instance: uuid.UUID,
+        profile: ProfileRecord,
+        data_key: bytes,
+        *,
+        certify: Certify | None,
+        extra_keys: Sequence[ExtraKey],
+    ) -> Manufactured:
+        """See Engine; `worker` says which engine, and how nice it is."""
         # Under a name of its own: the instance may be started while this worker is still on its way out.
         worker.instance = f"{instance}/manufacture"
         link = await self._spawn(worker, instance, [])
@@ -305,12 +317,36 @@ class Workers:
                 ek_algorithms=profile.ek_algorithms,
                 ak_algorithm=profile.ak_algorithm,
                 pcr_banks=profile.pcr_banks,
+                hold=certify is not None,
+                extra_keys=[pb.ExtraKey(algorithm=key.algorithm, handle=key.handle) for key in extra_keys],
             )
             made = (await link.request(pb.WorkerRequest(manufacture=order))).manufactured
+            sealed = made.sealed
+            if certify is not None:
+                entries = nv_entries(await certify(FreshTpm(link.request, made)))
+                provision = pb.Provision(data_key=data_key, instance=instance.bytes, entries=entries)
+                sealed = (await link.request(pb.WorkerRequest(provision=provision))).provisioned.sealed
         finally:
             await link.stop()
-        keys = tuple(KeyRecord(key.role, key.algorithm, key.handle, key.tpmt_public) for key in made.keys)
-        return Manufactured(made.sealed, keys)
+        return Manufactured(sealed, key_records(made.keys))
+
+    async def reprovision(
+        self, worker: pb.Spawn, instance: uuid.UUID, state: SealedState, data_key: bytes, entries: Sequence[NvEntry]
+    ) -> SealedState:
+        """See Engine; `worker` says which engine."""
+        worker.instance = f"{instance}/provision"
+        link = await self._spawn(worker, instance, [])
+        try:
+            order = pb.Reprovision(
+                data_key=data_key,
+                place=pb.Place(instance=instance.bytes, epoch=state.epoch, version=state.version),
+                sealed=state.blob,
+                entries=nv_entries(entries),
+            )
+            sealed = (await link.request(pb.WorkerRequest(reprovision=order))).provisioned.sealed
+        finally:
+            await link.stop()
+        return SealedState(state.epoch, state.version + 1, sealed)
 
     async def power_on(self, worker: pb.Spawn, order: PowerOn, events: EngineEvents) -> WorkerLink:
         """See Engine; `worker` says which engine."""

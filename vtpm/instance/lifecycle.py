@@ -23,6 +23,8 @@ import structlog
 from vtpm.crashpoints import crash_point
 from vtpm.engine.interface import Engine, Listeners, Loss, Parked, PowerOn, RunningTpm
 from vtpm.errors import ConflictError, EngineError, ErrorKind, FailedPreconditionError, NotFoundError, VtpmError
+from vtpm.instance.keeper import IdentityKeeper
+from vtpm.instance.renewal import Renewal
 from vtpm.instance.running import Running
 from vtpm.instance.sockets import InstanceSockets
 from vtpm.instance.thaws import Thaws
@@ -75,12 +77,19 @@ class Lifecycle:
         self._ends: dict[uuid.UUID, asyncio.Task[None]] = {}
         # Between wrapping or reading a data key and its use the key-encryption key must not be rotated away.
         self.key_lock = asyncio.Lock()
+        # What looks after the instances' certificates, if anything does; set by `look_after`.
+        self._keeper: IdentityKeeper | None = None
+        self.renewal: Renewal | None = None
         # Why threads: the store's calls block on the disk.
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="vtpm-store")
 
     async def blocking(self, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
         """Run a blocking call of the store or a key provider outside the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, functools.partial(function, *args, **kwargs))
+
+    def look_after(self, keeper: IdentityKeeper, renewal: Renewal) -> None:
+        """Have certified keys looked after from now on; before `recover`."""
+        self._keeper, self.renewal = keeper, renewal
 
     def lock(self, instance: uuid.UUID) -> asyncio.Lock:
         """The lock that every change of power takes."""
@@ -200,6 +209,8 @@ class Lifecycle:
         log.info("instance.adopted", instance=str(record.id), name=record.name, epoch=record.epoch)
         if status.imported:
             self.imported(record.id, record.epoch)
+        if status.identity_touched:
+            self.identity_touched(record.id, record.epoch)
         return True
 
     async def close(self) -> None:
@@ -261,6 +272,12 @@ class Lifecycle:
         running.tpm.woke(tpm)
         return running
 
+    def identity_touched(self, instance: uuid.UUID, epoch: int) -> None:
+        """See EngineEvents."""
+        running = self._running.get(instance)
+        if running is not None and running.record.epoch == epoch and self._keeper is not None:
+            self.later(self._keeper.touched(running))
+
     def later(self, action: Coroutine[None, None, None]) -> asyncio.Task[None]:
         """Do something in the background, until the daemon ends."""
         task = asyncio.get_running_loop().create_task(action)
@@ -281,6 +298,9 @@ class Lifecycle:
             return
         record = await self.blocking(self.store.set_keys, running.record.id, keys, banks)
         self.refresh(record)
+        if self._keeper is not None:
+            await self._keeper.replaced(record)
+            record = running.record
         log.info("instance.keys_changed", instance=str(record.id), name=record.name)
         self.hub.publish("UPDATED", record)
 
@@ -432,6 +452,8 @@ class Lifecycle:
             )
         if self.check_fresh is not None:
             await self.blocking(self.check_fresh, record)
+        if self.renewal is not None:
+            await self.renewal.before_power_on(record)
         owned = await self.blocking(self.store.acquire, record.id, boot_id=self._boot_id)
         crash_point("power_on.after_acquire")
         listeners: Listeners | None = None

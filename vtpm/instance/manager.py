@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dt
-import os
 import socket
 import uuid
 import weakref
@@ -17,6 +16,8 @@ import structlog
 from vtpm import __version__
 from vtpm.engine.v1 import link_pb2 as pb
 from vtpm.errors import ConflictError, FailedPreconditionError, InvalidArgumentError, NotFoundError, StoreError
+from vtpm.instance.authority_key import rewrap_authority_key
+from vtpm.instance.creation import Creation, Wanted
 from vtpm.instance.lifecycle import Lifecycle
 from vtpm.instance.maintenance import Maintenance
 from vtpm.instance.model import (
@@ -29,12 +30,20 @@ from vtpm.instance.model import (
     PcrValues,
     QuoteResult,
 )
+from vtpm.instance.pool import InstancePool
 from vtpm.instance.running import Running
-from vtpm.instance.validation import check_labels, check_name, check_request_id, fingerprint, make_profile
+from vtpm.instance.validation import (
+    check_labels,
+    check_name,
+    check_request_id,
+    fingerprint,
+    make_platform,
+    make_profile,
+)
 from vtpm.instance.watch import read_changes
-from vtpm.seal.keys import WrappedKey, new_data_key
+from vtpm.seal.keys import WrappedKey
 from vtpm.store.filter import parse_filter
-from vtpm.store.model import Filter, InstanceRecord, InstanceState, NewInstance
+from vtpm.store.model import Filter, InstanceRecord, InstanceState
 from vtpm.tpm.pcr import PcrSelection
 from vtpm.tpm.ptm import ControlCommand
 
@@ -49,6 +58,7 @@ class InstanceManager:
     def __init__(
         self,
         lifecycle: Lifecycle,
+        creation: Creation,
         *,
         default_engine: str,
         state_dir: Path,
@@ -64,8 +74,9 @@ class InstanceManager:
         self._runtime_dir = runtime_dir
         self._engine_host_pid = engine_host_pid
         self._start_time = dt.datetime.now(dt.UTC)
-        # Manufacture is bound by the processor: more at once only make each slower.
-        self._manufacturing = asyncio.Semaphore(max(2, os.cpu_count() or 1))
+        self._creation = creation
+        # TPMs made ahead; None: there are none.
+        self.pool: InstancePool | None = None
         self._creating: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         self._rotating = False
         self.maintenance = Maintenance(lifecycle)
@@ -87,36 +98,29 @@ class InstanceManager:
             return await self._create(request, request_id)
 
     async def _create(self, request: CreateRequest, request_id: str) -> InstanceRecord:
-        instance = uuid.uuid4()
-        name = check_name(request.name) if request.name else f"vtpm-{instance.hex[:12]}"
-        labels, profile = check_labels(request.labels), make_profile(request)
-        engine_name = request.engine or self._default_engine
-        engine = self._lifecycle.engine(engine_name)
-        digest = fingerprint(request, profile)
+        profile = make_profile(request)
+        platform = make_platform(request.platform, self._creation.identity.platform)
+        wanted = Wanted(
+            name=check_name(request.name) if request.name else "",
+            labels=check_labels(request.labels),
+            engine=request.engine or self._default_engine,
+            profile=profile,
+            platform=platform,
+            request_id=request_id,
+            fingerprint=fingerprint(request, profile),
+        )
+        self._lifecycle.engine(wanted.engine)
         if request_id and (made := await self._lifecycle.blocking(self._store.find_request, request_id)) is not None:
-            if made[1] != digest:
+            if made[1] != wanted.fingerprint:
                 raise InvalidArgumentError(
                     "REQUEST_ID_REUSED", "this request_id was used for another request", remedy="use a new request_id"
                 )
             return await self.get(str(made[0]))
-        data_key = new_data_key()
-        async with self._manufacturing:
-            made_tpm = await engine.manufacture(instance, profile, data_key)
-        async with self._lifecycle.key_lock:
-            new = NewInstance(
-                id=instance,
-                name=name,
-                labels=labels,
-                profile=profile,
-                keys=made_tpm.keys,
-                engine=engine_name,
-                wrapped_key=await self._lifecycle.blocking(self._keys.wrap, data_key, instance),
-                sealed=made_tpm.sealed,
-                request_id=request_id,
-                fingerprint=digest,
-            )
-            record = await self._lifecycle.blocking(self._store.create, new)
-        log.info("instance.created", instance=str(record.id), name=record.name, engine=engine_name)
+        record = await self.pool.claim(wanted) if self.pool is not None else None
+        if record is None:
+            record = await self._creation.create(wanted)
+            self._creation.identity.metrics.count_creation("cold")
+        log.info("instance.created", instance=str(record.id), name=record.name, engine=record.engine)
         self._hub.publish("CREATED", record)
         return record
 
@@ -254,6 +258,7 @@ class InstanceManager:
             async with lock:
                 key_id = await self._lifecycle.blocking(self._keys.begin_rotation)
                 rewrapped = await self._rewrap_all(key_id)
+                await self._lifecycle.blocking(rewrap_authority_key, self._store.authorities, self._keys, key_id)
                 if self.rewrap_anchor is not None:
                     await self.rewrap_anchor()
                 await self._lifecycle.blocking(self._keys.finish_rotation)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from vtpm.engine.interface import EngineCapabilities, PcrValue, PcrValues
-from vtpm.store.model import InstanceRecord
+from vtpm.store.model import InstanceRecord, PlatformRecord
 
 __all__ = [
     "ChangeKind",
@@ -37,6 +37,8 @@ class CreateRequest:
     pcr_banks: tuple[str, ...] = ()
     engine: str = ""
     request_id: str = ""
+    nv_layout: str = ""
+    platform: PlatformRecord = field(default_factory=PlatformRecord)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,10 @@ from typing import Final
 
 from vtpm.errors import InvalidArgumentError
 from vtpm.instance.model import CreateRequest
-from vtpm.store.model import ProfileRecord
+from vtpm.pki.model import check_text
+from vtpm.store.model import PlatformRecord, ProfileRecord
 from vtpm.tpm.keys import KeyAlgorithm
+from vtpm.tpm.layouts import NvLayout
 from vtpm.tpm.pcr import PcrBank
 
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
@@ -21,6 +23,8 @@ _MAX_LABELS: Final = 64
 _MAX_LABEL_VALUE: Final = 256
 
 DEFAULT_EK_ALGORITHMS: Final = (KeyAlgorithm.RSA_2048, KeyAlgorithm.ECC_P384)
+# Those that agents on Google Cloud know.
+GCE_EK_ALGORITHMS: Final = (KeyAlgorithm.RSA_2048, KeyAlgorithm.ECC_P256)
 DEFAULT_AK_ALGORITHM: Final = KeyAlgorithm.ECC_P256
 DEFAULT_PCR_BANKS: Final = (PcrBank.SHA256, PcrBank.SHA384)
 _AK_ALGORITHMS: Final = (KeyAlgorithm.ECC_P256, KeyAlgorithm.RSA_2048)
@@ -89,11 +93,26 @@ def make_profile(request: CreateRequest) -> ProfileRecord:
     Raises:
         InvalidArgumentError: PROFILE_INVALID.
     """
-    ek_algorithms = _distinct(request.ek_algorithms or DEFAULT_EK_ALGORITHMS, KeyAlgorithm, "EK algorithm")
+    layout = _distinct((request.nv_layout or NvLayout.TCG,), NvLayout, "NV layout")[0]
+    default_eks = GCE_EK_ALGORITHMS if layout == NvLayout.GCE else DEFAULT_EK_ALGORITHMS
+    ek_algorithms = _distinct(request.ek_algorithms or default_eks, KeyAlgorithm, "EK algorithm")
     ak_algorithm = _distinct((request.ak_algorithm or DEFAULT_AK_ALGORITHM,), _AK_ALGORITHMS, "AK algorithm")[0]
     by_name = {bank.hash_name: bank for bank in PcrBank}
     banks = _distinct(request.pcr_banks or tuple(bank.hash_name for bank in DEFAULT_PCR_BANKS), by_name, "PCR bank")
-    return ProfileRecord(ek_algorithms, ak_algorithm, banks)
+    return ProfileRecord(ek_algorithms, ak_algorithm, banks, layout)
+
+
+def make_platform(asked: PlatformRecord, defaults: PlatformRecord) -> PlatformRecord:
+    """Return the platform that is asked for, defaults filled in.
+
+    Raises:
+        InvalidArgumentError: CERTIFICATE_TEXT_INVALID.
+    """
+    return PlatformRecord(
+        check_text(asked.manufacturer or defaults.manufacturer, "the platform's manufacturer"),
+        check_text(asked.model or defaults.model, "the platform's model"),
+        check_text(asked.version or defaults.version, "the platform's version"),
+    )
 
 
 def _distinct(values: Iterable[str], allowed: Iterable[str], what: str) -> tuple[str, ...]:
@@ -108,4 +127,6 @@ def _distinct(values: Iterable[str], allowed: Iterable[str], what: str) -> tuple
 def fingerprint(request: CreateRequest, profile: ProfileRecord) -> bytes:
     """Return a digest that tells a retried request from another one under the same request_id."""
     content = [request.name, sorted(request.labels.items()), profile.ek_algorithms, profile.ak_algorithm, profile.pcr_banks]
-    return hashlib.sha256(json.dumps([*content, request.engine]).encode()).digest()
+    platform = request.platform
+    identity = [profile.nv_layout, platform.manufacturer, platform.model, platform.version]
+    return hashlib.sha256(json.dumps([*content, request.engine, *identity]).encode()).digest()

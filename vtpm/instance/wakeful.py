@@ -11,6 +11,7 @@ import socket
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, TypeVar
 
+from vtpm.engine.identity import TouchedKeys
 from vtpm.engine.interface import PcrValue, PcrValues, Quoted, RunningTpm
 from vtpm.engine.v1 import link_pb2 as pb
 from vtpm.errors import EngineError
@@ -140,6 +141,22 @@ class WakefulTpm:
     async def keys(self) -> tuple[tuple[KeyRecord, ...], tuple[str, ...]]:
         """See RunningTpm."""
         return await self._call(lambda tpm: tpm.keys())
+
+    async def identity(self) -> TouchedKeys:
+        """See RunningTpm."""
+        return await self._call(lambda tpm: tpm.identity())
+
+    async def forget_identity(self, generation: int) -> None:
+        """See RunningTpm."""
+        await self._call(lambda tpm: tpm.forget_identity(generation))
+
+    async def write_nv(self, index: int, data: bytes) -> None:
+        """See RunningTpm."""
+        await self._call(lambda tpm: tpm.write_nv(index, data))
+
+    async def read_nv(self, index: int, *, secret_auth: bool = False) -> bytes:
+        """See RunningTpm."""
+        return await self._call(lambda tpm: tpm.read_nv(index, secret_auth=secret_auth))
 
     async def status(self, *, counts: bool = False) -> pb.Status:
         """See RunningTpm; nobody is woken for it."""

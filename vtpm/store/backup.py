@@ -33,6 +33,11 @@ _LEAN: Final = (
     "DELETE FROM snapshots",
     "DELETE FROM snapshot_uses",
     "DELETE FROM requests",
+    # TPMs that are nobody's yet would become somebody's in both places.
+    "DELETE FROM states WHERE instance IN (SELECT id FROM instances WHERE state = 'POOLED')",
+    "DELETE FROM data_keys WHERE instance IN (SELECT id FROM instances WHERE state = 'POOLED')",
+    "DELETE FROM pool",
+    "DELETE FROM instances WHERE state = 'POOLED'",
 )
 # A restored store is another store: it gets an id and an anchor of its own.
 _REBORN: Final = (

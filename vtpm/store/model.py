@@ -47,6 +47,25 @@ class ProfileRecord:
     ek_algorithms: tuple[str, ...]
     ak_algorithm: str
     pcr_banks: tuple[str, ...]
+    # A name of vtpm.tpm.layouts.NvLayout.
+    nv_layout: str = "TCG"
+
+
+class IdentityState(enum.StrEnum):
+    """What the service can say of a TPM's keys: nothing, that it certified them, or that they are no longer those."""
+
+    UNCERTIFIED = "UNCERTIFIED"
+    CERTIFIED = "CERTIFIED"
+    CHANGED = "CHANGED"
+
+
+@dataclass(frozen=True, slots=True)
+class PlatformRecord:
+    """What an instance's platform certificate says that its VM is."""
+
+    manufacturer: str = ""
+    model: str = ""
+    version: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +86,8 @@ class InstanceRecord:
     revision: int
     created_at: dt.datetime
     updated_at: dt.datetime
+    platform: PlatformRecord = PlatformRecord()
+    identity: IdentityState = IdentityState.UNCERTIFIED
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +104,9 @@ class NewInstance:
     sealed: bytes = field(repr=False)
     request_id: str = ""
     fingerprint: bytes = b""
+    platform: PlatformRecord = PlatformRecord()
+    identity: IdentityState = IdentityState.UNCERTIFIED
+    certificates: tuple[CertificateRecord, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,3 +146,59 @@ class Filter:
             and record.name.startswith(self.name_prefix or "")
             and all(record.labels.get(key) == value for key, value in self.labels.items())
         )
+
+
+@dataclass(frozen=True, slots=True)
+class CertificateRecord:
+    """A certificate that was issued. `kind` is a name of vtpm.pki.model.CertificateKind, `algorithm` that of the certified key,
+    empty for PLATFORM; `current` says that it is the one in force for its key. Times are aware, in UTC."""
+
+    serial: int
+    instance: uuid.UUID
+    kind: str
+    algorithm: str
+    der: bytes
+    not_before: dt.datetime
+    not_after: dt.datetime
+    issuer_key_id: bytes
+    revoked_at: dt.datetime | None = None
+    revocation_reason: str = ""
+    current: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class AuthorityRecord:
+    """A certificate authority. `role` is ROOT or ISSUING; `state` CURRENT, RETIRED or PENDING; `chain` PEM, its own certificate
+    first; `signer` SEALED (`key` is the sealed private key) or PKCS11 (`key` is the key's URI)."""
+
+    id: uuid.UUID
+    role: str
+    state: str
+    key_id: bytes
+    chain: str
+    signer: str
+    key: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class PoolMember:
+    """A TPM that waits for an instance to become; `key` says what it is good for."""
+
+    id: uuid.UUID
+    key: str
+    created_at: dt.datetime
+
+
+@dataclass(frozen=True, slots=True)
+class PoolClaim:
+    """What a pooled TPM becomes. An empty name is made from its id. `state` replaces the sealed state of the version before
+    it, `certificates` those in force for the same keys."""
+
+    id: uuid.UUID
+    name: str
+    labels: Mapping[str, str]
+    platform: PlatformRecord
+    request_id: str = ""
+    fingerprint: bytes = b""
+    state: SealedState | None = None
+    certificates: tuple[CertificateRecord, ...] = ()

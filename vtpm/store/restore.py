@@ -18,7 +18,7 @@ from vtpm.store import database
 from vtpm.store.freshness import FreshnessLog, LogKind
 from vtpm.store.model import InstanceState, SealedState
 from vtpm.store.rows import check_written, now
-from vtpm.store.schema import data_keys, instances, labels, states
+from vtpm.store.schema import data_keys, instances, labels, snapshot_uses, snapshots, states
 
 # What a restored instance's ownership epoch rises by. The copy that the backup was made of may have gone on: none of its epochs
 # must ever be one of the restored instance's.
@@ -133,7 +133,7 @@ class InstanceRestore:
             connection.execute(sa.insert(instances), {"id": item.id, "revision": 1, "created_at": moment, **values})
         else:
             # Volatile states go too: they belong to what is replaced (invariant 2).
-            for table in (states, data_keys, labels):
+            for table in (snapshot_uses, snapshots, states, data_keys, labels):
                 connection.execute(sa.delete(table).where(table.c.instance == item.id))
             changed = sa.update(instances).where(instances.c.id == item.id)
             connection.execute(changed.values(revision=instances.c.revision + 1, **values))

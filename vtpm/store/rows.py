@@ -7,12 +7,17 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from vtpm.store.model import Failure, InstanceRecord, InstanceState, KeyRecord, ProfileRecord
+from vtpm.store.model import Failure, IdentityState, InstanceRecord, InstanceState, KeyRecord, PlatformRecord, ProfileRecord
 
 
 def now() -> dt.datetime:
     """The present time in UTC, without a zone, as the database keeps it."""
     return dt.datetime.now(dt.UTC).replace(tzinfo=None)
+
+
+def utc(moment: dt.datetime) -> dt.datetime:
+    """Return a time of the database as an aware one."""
+    return moment.replace(tzinfo=dt.UTC)
 
 
 def dump_failure(failure: Failure | None) -> str:
@@ -31,12 +36,22 @@ def _load_failure(text: str) -> Failure | None:
 
 def dump_profile(profile: ProfileRecord) -> str:
     """Write a profile down."""
-    return json.dumps([profile.ek_algorithms, profile.ak_algorithm, profile.pcr_banks])
+    return json.dumps([profile.ek_algorithms, profile.ak_algorithm, profile.pcr_banks, profile.nv_layout])
 
 
 def _load_profile(text: str) -> ProfileRecord:
-    ek_algorithms, ak_algorithm, banks = json.loads(text)
-    return ProfileRecord(tuple(ek_algorithms), ak_algorithm, tuple(banks))
+    # Earlier versions knew no layouts.
+    ek_algorithms, ak_algorithm, banks, *layout = json.loads(text)
+    return ProfileRecord(tuple(ek_algorithms), ak_algorithm, tuple(banks), *layout)
+
+
+def dump_platform(platform: PlatformRecord) -> str:
+    """Write a platform down; none is empty."""
+    return json.dumps([platform.manufacturer, platform.model, platform.version]) if platform != PlatformRecord() else ""
+
+
+def _load_platform(text: str) -> PlatformRecord:
+    return PlatformRecord(*json.loads(text)) if text else PlatformRecord()
 
 
 def dump_keys(keys: tuple[KeyRecord, ...]) -> str:
@@ -56,13 +71,13 @@ def check_written(profile: str, keys: str) -> None:
     _load_keys(keys)
 
 
-def to_record(row: Any, labels: Mapping[str, str]) -> InstanceRecord:
-    """Make a record of a row of `instances` and its labels."""
+def to_record(row: Any, labels: Mapping[str, str], state: InstanceState | None = None) -> InstanceRecord:
+    """Make a record of a row of `instances` and its labels; `state` is taken for the row's own."""
     return InstanceRecord(
         id=row.id,
         name=row.name,
         labels=labels,
-        state=InstanceState(row.state),
+        state=state or InstanceState(row.state),
         failure=_load_failure(row.failure),
         profile=_load_profile(row.profile),
         keys=_load_keys(row.keys),
@@ -72,4 +87,6 @@ def to_record(row: Any, labels: Mapping[str, str]) -> InstanceRecord:
         revision=row.revision,
         created_at=row.created_at.replace(tzinfo=dt.UTC),
         updated_at=row.updated_at.replace(tzinfo=dt.UTC),
+        platform=_load_platform(row.platform),
+        identity=IdentityState(row.identity),
     )

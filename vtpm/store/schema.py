@@ -28,7 +28,7 @@ instances: Final = Table(
     metadata,
     Column("id", Uuid, primary_key=True),
     Column("name", String(63), nullable=False, unique=True),
-    # OFF, ON, FAILED, or DELETING: the data key is gone and the rest is about to be.
+    # OFF, ON, FAILED; DELETING: the data key is gone and the rest is about to be; POOLED: nobody's yet (vtpm.store.pool).
     Column("state", String(16), nullable=False, index=True),
     Column("failure", Text, nullable=False),
     Column("profile", Text, nullable=False),
@@ -39,6 +39,17 @@ instances: Final = Table(
     Column("revision", BigInteger, nullable=False),
     Column("created_at", DateTime, nullable=False),
     Column("updated_at", DateTime, nullable=False),
+    Column("platform", Text, nullable=False, server_default=""),
+    Column("identity", String(16), nullable=False, server_default="UNCERTIFIED"),
+)
+
+# TPMs that wait for an instance to become: rows of `instances` in the state POOLED. `key` says what they are good for.
+pool: Final = Table(
+    "pool",
+    metadata,
+    Column("instance", Uuid, ForeignKey("instances.id"), primary_key=True),
+    Column("key", String(64), nullable=False),
+    Column("created_at", DateTime, nullable=False),
 )
 
 labels: Final = Table(
@@ -122,4 +133,56 @@ freshness_log: Final = Table(
     # A root: the digest over the records of the anchor.
     Column("root", LargeBinary, nullable=False),
     Column("mac", LargeBinary, nullable=False),
+)
+
+# Not bound to `instances`: a certificate outlives its instance, as the CRL must name it until it expires.
+certificates: Final = Table(
+    "certificates",
+    metadata,
+    # 40 hexadecimal digits: no engine has integers of this size.
+    Column("serial", String(40), primary_key=True),
+    Column("instance", Uuid, nullable=False, index=True),
+    Column("kind", String(16), nullable=False),
+    Column("algorithm", String(16), nullable=False),
+    Column("der", LargeBinary, nullable=False),
+    Column("not_before", DateTime, nullable=False),
+    Column("not_after", DateTime, nullable=False, index=True),
+    Column("issuer_key_id", LargeBinary, nullable=False),
+    Column("revoked_at", DateTime, nullable=True, index=True),
+    Column("revocation_reason", String(32), nullable=False),
+    Column("current", Boolean, nullable=False),
+)
+
+authorities: Final = Table(
+    "authorities",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    # ROOT or ISSUING.
+    Column("role", String(16), nullable=False),
+    # CURRENT, RETIRED (signs CRLs only), or PENDING (a request whose certificate has not come back).
+    Column("state", String(16), nullable=False),
+    Column("key_id", LargeBinary, nullable=False),
+    # PEM, this CA's certificate first, the root's last; empty while PENDING.
+    Column("chain", Text, nullable=False),
+    # SEALED: `key` is the sealed private key; PKCS11: `key` is the URI of the key.
+    Column("signer", String(16), nullable=False),
+    Column("key", LargeBinary, nullable=False),
+    Column("created_at", DateTime, nullable=False),
+)
+
+# The wrapped data keys that seal private keys of authorities.
+authority_keys: Final = Table(
+    "authority_keys",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    Column("provider", String(64), nullable=False),
+    Column("key_id", String(128), nullable=False),
+    Column("blob", LargeBinary, nullable=False),
+)
+
+counters: Final = Table(
+    "counters",
+    metadata,
+    Column("name", String(32), primary_key=True),
+    Column("value", BigInteger, nullable=False),
 )

@@ -15,22 +15,46 @@ import structlog
 from sqlalchemy.exc import IntegrityError
 
 from vtpm.crashpoints import crash_point
-from vtpm.errors import AlreadyExistsError, ConflictError, FailedPreconditionError, NotFoundError, StoreError
+from vtpm.errors import ConflictError, FailedPreconditionError, NotFoundError, StoreError
 from vtpm.seal.envelope import StateKind
 from vtpm.seal.keys import WrappedKey
 from vtpm.store import database
+from vtpm.store.authorities import Authorities
+from vtpm.store.certificates import Certificates
 from vtpm.store.commits import AnyCommit, StateCommits
 from vtpm.store.freshness import FreshnessLog, LogKind
-from vtpm.store.model import Failure, Filter, InstanceRecord, InstanceState, KeyRecord, NewInstance, SealedState
+from vtpm.store.identities import Identities
+from vtpm.store.model import (
+    Failure,
+    Filter,
+    InstanceRecord,
+    InstanceState,
+    KeyRecord,
+    NewInstance,
+    PoolMember,
+    SealedState,
+)
+from vtpm.store.pool import POOLED, REQUEST_LIFETIME, PoolTable, insert_request, pool_name, taken
 from vtpm.store.restore import InstanceRestore
-from vtpm.store.rows import dump_failure, dump_keys, dump_profile, now, to_record
-from vtpm.store.schema import data_keys, instances, labels, requests, snapshot_uses, snapshots, states
+from vtpm.store.rows import dump_failure, dump_keys, dump_platform, dump_profile, now, to_record
+from vtpm.store.schema import (
+    authority_keys,
+    certificates,
+    data_keys,
+    instances,
+    labels,
+    requests,
+    snapshot_uses,
+    snapshots,
+    states,
+)
 from vtpm.store.snapshots import SnapshotReader
 
 log: Final = structlog.get_logger("vtpm.store")
 
 _DELETING: Final = "DELETING"
-_REQUEST_LIFETIME: Final = dt.timedelta(hours=24)
+# No instances: those that are gone but for their traces, and TPMs without an owner yet.
+_HIDDEN: Final = (_DELETING, POOLED)
 
 
 class Store:
@@ -45,6 +69,10 @@ class Store:
         self.snapshots = SnapshotReader(path, url)
         self.freshness = FreshnessLog(path, url)
         self.restores = InstanceRestore(url, write, self.freshness)
+        self.certificates = Certificates(url, read, write)
+        self.authorities = Authorities(url, read, write)
+        self.pool = PoolTable(url, read, write)
+        self.identities = Identities(url, read, write)
 
     @classmethod
     def open(cls, url: str) -> Store:
@@ -91,7 +119,8 @@ class Store:
     def is_empty(self) -> bool:
         """Whether nothing was ever sealed into this store and kept."""
         with self._reading() as connection:
-            return connection.execute(sa.select(data_keys.c.instance).limit(1)).first() is None
+            keys = (sa.select(data_keys.c.instance).limit(1), sa.select(authority_keys.c.id).limit(1))
+            return all(connection.execute(query).first() is None for query in keys)
 
     def get(self, ref: str) -> InstanceRecord:
         """Return the instance that `ref` names: `instances/…`, id or name.
@@ -118,7 +147,7 @@ class Store:
         return self._get(connection, str(instance))
 
     def _select(self, connection: sa.Connection, *conditions: Any, limit: int | None = None) -> list[InstanceRecord]:
-        query = sa.select(instances).where(instances.c.state != _DELETING, *conditions).order_by(instances.c.id).limit(limit)
+        query = sa.select(instances).where(instances.c.state.not_in(_HIDDEN), *conditions).order_by(instances.c.id).limit(limit)
         rows = connection.execute(query).all()
         found: dict[uuid.UUID, dict[str, str]] = {row.id: {} for row in rows}
         ids = list(found)
@@ -154,14 +183,16 @@ class Store:
 
     def counts(self) -> Mapping[InstanceState, int]:
         """Return how many instances are in each state."""
-        query = sa.select(instances.c.state, sa.func.count()).where(instances.c.state != _DELETING).group_by(instances.c.state)
+        query = (
+            sa.select(instances.c.state, sa.func.count()).where(instances.c.state.not_in(_HIDDEN)).group_by(instances.c.state)
+        )
         with self._reading() as connection:
             return {InstanceState(state): count for state, count in connection.execute(query)}
 
     def find_request(self, request_id: str) -> tuple[uuid.UUID, bytes] | None:
         """Return (instance, fingerprint) of an earlier creation under `request_id`; kept for 24 hours."""
         query = sa.select(requests.c.instance, requests.c.fingerprint).where(
-            requests.c.id == uuid.UUID(request_id), requests.c.created_at >= now() - _REQUEST_LIFETIME
+            requests.c.id == uuid.UUID(request_id), requests.c.created_at >= now() - REQUEST_LIFETIME
         )
         with self._reading() as connection:
             row = connection.execute(query).first()
@@ -193,10 +224,50 @@ class Store:
             AlreadyExistsError: INSTANCE_NAME_TAKEN or REQUEST_ID_TAKEN.
         """
         moment = now()
+        try:
+            with self._writing() as connection:
+                self._insert(connection, new, new.name, InstanceState.OFF.value, moment)
+                self._insert_labels(connection, new.id, new.labels)
+                if new.request_id:
+                    insert_request(connection, new.request_id, new.id, new.fingerprint, moment)
+                crash_point("create.before_commit")
+        except IntegrityError as error:
+            raise taken(error, new.name) from None
+        crash_point("create.after_commit")
+        return self.get(str(new.id))
+
+    def add_to_pool(self, new: NewInstance, key: str) -> PoolMember:
+        """Add a manufactured TPM that is nobody's yet; `key` says what it is good for. It has no name and no labels."""
+        moment = now()
+        with self._writing() as connection:
+            self._insert(connection, new, pool_name(new.id), POOLED, moment)
+            member = self.pool.add_row(connection, new.id, key, moment)
+            crash_point("pool.before_add")
+        return member
+
+    def discard_from_pool(self, members: Sequence[uuid.UUID]) -> None:
+        """Destroy TPMs of the pool for good: their data keys first (crypto-erase); their certificates are revoked.
+
+        Raises:
+            StoreError: ERASURE_PENDING.
+        """
+        with self._writing() as connection:
+            for instance in members:
+                if self.pool.remove_row(connection, instance):
+                    query = sa.update(instances).where(instances.c.id == instance, instances.c.state == POOLED)
+                    connection.execute(query.values(state=_DELETING))
+                    connection.execute(sa.delete(data_keys).where(data_keys.c.instance == instance))
+                    self.freshness.record(connection, LogKind.DELETED, instance)
+                    mine = certificates.c.instance == instance
+                    self.certificates.revoke_rows(connection, mine, "cessationOfOperation", now())
+            crash_point("pool.before_discard")
+        self._finish_deletions()
+
+    def _insert(self, connection: sa.Connection, new: NewInstance, name: str, state: str, moment: dt.datetime) -> None:
         row = {
             "id": new.id,
-            "name": new.name,
-            "state": InstanceState.OFF.value,
+            "name": name,
+            "state": state,
             "failure": "",
             "profile": dump_profile(new.profile),
             "keys": dump_keys(new.keys),
@@ -206,53 +277,23 @@ class Store:
             "revision": 1,
             "created_at": moment,
             "updated_at": moment,
+            "platform": dump_platform(new.platform),
+            "identity": new.identity.value,
         }
-        try:
-            with self._writing() as connection:
-                connection.execute(sa.insert(instances), row)
-                self._insert_labels(connection, new.id, new.labels)
-                connection.execute(
-                    sa.insert(data_keys),
-                    {
-                        "instance": new.id,
-                        "provider": new.wrapped_key.provider,
-                        "key_id": new.wrapped_key.key_id,
-                        "blob": new.wrapped_key.blob,
-                    },
-                )
-                connection.execute(
-                    sa.insert(states),
-                    {"instance": new.id, "kind": int(StateKind.PERMANENT), "epoch": 0, "version": 1, "blob": new.sealed},
-                )
-                if new.request_id:
-                    self._insert_request(connection, new, moment)
-                self.freshness.record(connection, LogKind.CREATED, new.id)
-                crash_point("create.before_commit")
-        except IntegrityError as error:
-            if "requests.id" in str(error.orig):
-                raise AlreadyExistsError(
-                    "REQUEST_ID_TAKEN", "a creation under this request_id was faster", remedy="send the same request again"
-                ) from None
-            raise AlreadyExistsError(
-                "INSTANCE_NAME_TAKEN",
-                "an instance of this name exists",
-                subject=new.name,
-                remedy="choose another name, or delete that one",
-            ) from None
-        crash_point("create.after_commit")
-        return self.get(str(new.id))
+        connection.execute(sa.insert(instances), row)
+        key = new.wrapped_key
+        row = {"instance": new.id, "provider": key.provider, "key_id": key.key_id, "blob": key.blob}
+        connection.execute(sa.insert(data_keys), row)
+        state_row = {"instance": new.id, "kind": int(StateKind.PERMANENT), "epoch": 0, "version": 1, "blob": new.sealed}
+        connection.execute(sa.insert(states), state_row)
+        self.certificates.add_rows(connection, new.certificates)
+        self.freshness.record(connection, LogKind.CREATED, new.id)
 
     @staticmethod
     def _insert_labels(connection: sa.Connection, instance: uuid.UUID, values: Mapping[str, str]) -> None:
         rows = [{"instance": instance, "key": key, "value": value} for key, value in values.items()]
         if rows:
             connection.execute(sa.insert(labels), rows)
-
-    @staticmethod
-    def _insert_request(connection: sa.Connection, new: NewInstance, moment: dt.datetime) -> None:
-        connection.execute(sa.delete(requests).where(requests.c.created_at < moment - _REQUEST_LIFETIME))
-        row = {"id": uuid.UUID(new.request_id), "instance": new.id, "fingerprint": new.fingerprint, "created_at": moment}
-        connection.execute(sa.insert(requests), row)
 
     def set_labels(self, instance: uuid.UUID, values: Mapping[str, str], revision: int | None) -> InstanceRecord:
         """Replace the labels; with `revision`, only if it is still the present one.
@@ -333,7 +374,7 @@ class Store:
     def _change(
         self, connection: sa.Connection, instance: uuid.UUID, values: dict[str, Any], *, revision: int | None = None
     ) -> None:
-        query = sa.update(instances).where(instances.c.id == instance, instances.c.state != _DELETING)
+        query = sa.update(instances).where(instances.c.id == instance, instances.c.state.not_in(_HIDDEN))
         if revision is not None:
             query = query.where(instances.c.revision == revision)
         changed = connection.execute(query.values(revision=instances.c.revision + 1, updated_at=now(), **values))
@@ -366,6 +407,7 @@ class Store:
             self._change(connection, instance, {"state": _DELETING}, revision=revision)
             connection.execute(sa.delete(data_keys).where(data_keys.c.instance == instance))
             self.freshness.record(connection, LogKind.DELETED, instance)
+            self.certificates.revoke_rows(connection, certificates.c.instance == instance, "cessationOfOperation", now())
             crash_point("delete.before_erase")
         self._finish_deletions()
         return record

@@ -142,6 +142,8 @@ class PublicArea:
     curve: int
     exponent: int
     unique: tuple[bytes, ...]
+    # Key size of the symmetric cipher of a storage key; 0 without one.
+    symmetric_bits: int = 0
 
 
 class _Reader:
@@ -177,8 +179,10 @@ def parse_public(tpmt_public: bytes) -> PublicArea:
     attributes, policy = ObjectAttribute(reader.number(4) & sum(ObjectAttribute)), reader.sized()
     if kind not in (AlgId.RSA, AlgId.ECC):
         raise InvalidArgumentError("PUBLIC_AREA_INVALID", f"the key is neither RSA nor ECC but 0x{kind:04x}")
+    symmetric_bits = 0
     if reader.number(2) != AlgId.NULL:
-        reader.take(4)
+        symmetric_bits = reader.number(2)
+        reader.take(2)
     scheme = reader.number(2)
     if scheme != AlgId.NULL:
         reader.take(2)
@@ -194,7 +198,7 @@ def parse_public(tpmt_public: bytes) -> PublicArea:
         unique = (reader.sized(), reader.sized())
     if reader.rest:
         raise InvalidArgumentError("PUBLIC_AREA_INVALID", f"{reader.rest} bytes follow the TPMT_PUBLIC")
-    return PublicArea(AlgId(kind), name_alg, attributes, policy, scheme, curve, exponent, unique)
+    return PublicArea(AlgId(kind), name_alg, attributes, policy, scheme, curve, exponent, unique, symmetric_bits)
 
 
 def key_algorithm(tpmt_public: bytes) -> KeyAlgorithm | None:

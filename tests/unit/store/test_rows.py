@@ -35,6 +35,8 @@ def read_back(**values: Any) -> InstanceRecord:
         "revision": 7,
         "created_at": dt.datetime(2026, 1, 2),  # noqa: DTZ001  # as the database keeps it
         "updated_at": dt.datetime(2026, 1, 3),  # noqa: DTZ001  # as the database keeps it
+        "platform": "",
+        "identity": "UNCERTIFIED",
     }
     return to_record(SimpleNamespace(**{**row, **values}), {"team": "web"})
 

@@ -99,6 +99,8 @@ class _KeyRoleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_KeyRole.Value
     """Endorsement key."""
     AK: _KeyRole.ValueType  # 2
     """Attestation key."""
+    GUEST_AK: _KeyRole.ValueType  # 3
+    """An attestation key of the guest's own, in the place that its NV layout says."""
 
 class KeyRole(_KeyRole, metaclass=_KeyRoleEnumTypeWrapper): ...
 
@@ -107,7 +109,65 @@ EK: KeyRole.ValueType  # 1
 """Endorsement key."""
 AK: KeyRole.ValueType  # 2
 """Attestation key."""
+GUEST_AK: KeyRole.ValueType  # 3
+"""An attestation key of the guest's own, in the place that its NV layout says."""
 Global___KeyRole: _TypeAlias = KeyRole  # noqa: Y015
+
+class _NvLayout:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _NvLayoutEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_NvLayout.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    NV_LAYOUT_UNSPECIFIED: _NvLayout.ValueType  # 0
+    TCG: _NvLayout.ValueType  # 1
+    """The places of the TCG's profiles."""
+    AZURE: _NvLayout.ValueType  # 2
+    """As on Azure: an RSA AK at 0x81000003, its certificate at 0x01C101D0, a report at 0x01400001."""
+    GCE: _NvLayout.ValueType  # 3
+    """As on Google Cloud: AK templates and certificates from 0x01C10000."""
+
+class NvLayout(_NvLayout, metaclass=_NvLayoutEnumTypeWrapper):
+    """Where a guest finds its TPM's certificates (docs/identity.md)."""
+
+NV_LAYOUT_UNSPECIFIED: NvLayout.ValueType  # 0
+TCG: NvLayout.ValueType  # 1
+"""The places of the TCG's profiles."""
+AZURE: NvLayout.ValueType  # 2
+"""As on Azure: an RSA AK at 0x81000003, its certificate at 0x01C101D0, a report at 0x01400001."""
+GCE: NvLayout.ValueType  # 3
+"""As on Google Cloud: AK templates and certificates from 0x01C10000."""
+Global___NvLayout: _TypeAlias = NvLayout  # noqa: Y015
+
+class _Identity:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _IdentityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Identity.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    IDENTITY_UNSPECIFIED: _Identity.ValueType  # 0
+    UNCERTIFIED: _Identity.ValueType  # 1
+    """No certificates: there was no CA when it was made, or an earlier version made it."""
+    CERTIFIED: _Identity.ValueType  # 2
+    """The keys that the service certified are those of the TPM."""
+    CHANGED: _Identity.ValueType  # 3
+    """The guest's firmware has ended certified keys (TPM2_ChangeEPS, TPM2_ChangePPS), or another TPM's state was imported; the
+    certificates of the keys that are gone are revoked.
+    """
+
+class Identity(_Identity, metaclass=_IdentityEnumTypeWrapper):
+    """What the service can say of an instance's keys."""
+
+IDENTITY_UNSPECIFIED: Identity.ValueType  # 0
+UNCERTIFIED: Identity.ValueType  # 1
+"""No certificates: there was no CA when it was made, or an earlier version made it."""
+CERTIFIED: Identity.ValueType  # 2
+"""The keys that the service certified are those of the TPM."""
+CHANGED: Identity.ValueType  # 3
+"""The guest's firmware has ended certified keys (TPM2_ChangeEPS, TPM2_ChangePPS), or another TPM's state was imported; the
+certificates of the keys that are gone are revoked.
+"""
+Global___Identity: _TypeAlias = Identity  # noqa: Y015
 
 class _Startup:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -137,8 +197,11 @@ class Profile(_message.Message):
     EK_ALGORITHMS_FIELD_NUMBER: _builtins.int
     AK_ALGORITHM_FIELD_NUMBER: _builtins.int
     PCR_BANKS_FIELD_NUMBER: _builtins.int
+    NV_LAYOUT_FIELD_NUMBER: _builtins.int
     ak_algorithm: Global___KeyAlgorithm.ValueType
     """Attestation key: ECC_P256 (default) or RSA_2048."""
+    nv_layout: Global___NvLayout.ValueType
+    """Where certificates are in NV; default TCG."""
     @_builtins.property
     def ek_algorithms(self) -> _containers.RepeatedScalarFieldContainer[Global___KeyAlgorithm.ValueType]:
         """Endorsement keys; default RSA_2048 and ECC_P384. Each made from its TCG template, persistent."""
@@ -153,14 +216,42 @@ class Profile(_message.Message):
         ek_algorithms: _abc.Iterable[Global___KeyAlgorithm.ValueType] | None = ...,
         ak_algorithm: Global___KeyAlgorithm.ValueType = ...,
         pcr_banks: _abc.Iterable[Global___PcrBank.ValueType] | None = ...,
+        nv_layout: Global___NvLayout.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ak_algorithm", b"ak_algorithm", "ek_algorithms", b"ek_algorithms", "pcr_banks", b"pcr_banks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ak_algorithm", b"ak_algorithm", "ek_algorithms", b"ek_algorithms", "nv_layout", b"nv_layout", "pcr_banks", b"pcr_banks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Profile: _TypeAlias = Profile  # noqa: Y015
+
+@_typing.final
+class Platform(_message.Message):
+    """What a platform certificate says that the VM is; its serial number is the instance's id."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MANUFACTURER_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    manufacturer: _builtins.str
+    model: _builtins.str
+    version: _builtins.str
+    def __init__(
+        self,
+        *,
+        manufacturer: _builtins.str = ...,
+        model: _builtins.str = ...,
+        version: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["manufacturer", b"manufacturer", "model", b"model", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Platform: _TypeAlias = Platform  # noqa: Y015
 
 @_typing.final
 class Key(_message.Message):
@@ -176,7 +267,7 @@ class Key(_message.Message):
     role: Global___KeyRole.ValueType
     algorithm: Global___KeyAlgorithm.ValueType
     handle: _builtins.int
-    """Persistent handle."""
+    """Persistent handle; 0: it is not persistent (any more), and its template makes it again."""
     tpmt_public: _builtins.bytes
     """TPMT_PUBLIC as the TPM marshals it."""
     public_pem: _builtins.str
@@ -268,6 +359,8 @@ class Instance(_message.Message):
     GUEST_SOCKET_FIELD_NUMBER: _builtins.int
     CONTROL_SOCKET_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
+    PLATFORM_FIELD_NUMBER: _builtins.int
+    IDENTITY_FIELD_NUMBER: _builtins.int
     HIBERNATED_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """UUID, given by the service, never reused."""
@@ -286,6 +379,7 @@ class Instance(_message.Message):
     """Control socket of the swtpm protocol: what QEMU's chardev connects to. Always there; a connection powers the instance on."""
     epoch: _builtins.int
     """Ownership epoch: rises with every power on."""
+    identity: Global___Identity.ValueType
     hibernated: _builtins.bool
     """ON, and without a process: all of it is sealed in the store."""
     @_builtins.property
@@ -302,6 +396,10 @@ class Instance(_message.Message):
     def create_time(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
     def update_time(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def platform(self) -> Global___Platform:
+        """What its platform certificate says."""
+
     def __init__(
         self,
         *,
@@ -320,11 +418,13 @@ class Instance(_message.Message):
         guest_socket: _builtins.str = ...,
         control_socket: _builtins.str = ...,
         epoch: _builtins.int = ...,
+        platform: Global___Platform | None = ...,
+        identity: Global___Identity.ValueType = ...,
         hibernated: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "failure", b"failure", "profile", b"profile", "update_time", b"update_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "failure", b"failure", "platform", b"platform", "profile", b"profile", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["control_socket", b"control_socket", "create_time", b"create_time", "engine", b"engine", "epoch", b"epoch", "etag", b"etag", "failure", b"failure", "guest_socket", b"guest_socket", "hibernated", b"hibernated", "id", b"id", "keys", b"keys", "labels", b"labels", "name", b"name", "profile", b"profile", "state", b"state", "tpm_socket", b"tpm_socket", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["control_socket", b"control_socket", "create_time", b"create_time", "engine", b"engine", "epoch", b"epoch", "etag", b"etag", "failure", b"failure", "guest_socket", b"guest_socket", "hibernated", b"hibernated", "id", b"id", "identity", b"identity", "keys", b"keys", "labels", b"labels", "name", b"name", "platform", b"platform", "profile", b"profile", "state", b"state", "tpm_socket", b"tpm_socket", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -359,6 +459,7 @@ class CreateInstanceRequest(_message.Message):
     PROFILE_FIELD_NUMBER: _builtins.int
     ENGINE_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
+    PLATFORM_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name of the new instance; made from the id when empty."""
     engine: _builtins.str
@@ -369,6 +470,10 @@ class CreateInstanceRequest(_message.Message):
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     @_builtins.property
     def profile(self) -> Global___Profile: ...
+    @_builtins.property
+    def platform(self) -> Global___Platform:
+        """What its platform certificate says; default: the daemon's settings. 1 to 256 printable characters each."""
+
     def __init__(
         self,
         *,
@@ -377,10 +482,11 @@ class CreateInstanceRequest(_message.Message):
         profile: Global___Profile | None = ...,
         engine: _builtins.str = ...,
         request_id: _builtins.str = ...,
+        platform: Global___Platform | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["profile", b"profile"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["platform", b"platform", "profile", b"profile"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine", "labels", b"labels", "name", b"name", "profile", b"profile", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine", "labels", b"labels", "name", b"name", "platform", b"platform", "profile", b"profile", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -96,7 +96,8 @@ class InstanceServiceServicer:
     """
 
     def CreateInstance(self, request, context):
-        """Manufactures a new TPM: fresh seeds made by the TPM itself, then EK and AK, then a sealed commit. The instance is OFF.
+        """Manufactures a new TPM: fresh seeds made by the TPM itself, then EK and AK, proof and certificates, then a sealed commit;
+        or takes one that was made so before, for nobody yet. The instance is OFF.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

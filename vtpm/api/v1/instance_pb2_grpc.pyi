@@ -37,7 +37,9 @@ class InstanceServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> InstanceServiceAsyncStub: ...
     CreateInstance: _grpc.UnaryUnaryMultiCallable[_instance_pb2.CreateInstanceRequest, _instance_pb2.Instance]
-    """Manufactures a new TPM: fresh seeds made by the TPM itself, then EK and AK, then a sealed commit. The instance is OFF."""
+    """Manufactures a new TPM: fresh seeds made by the TPM itself, then EK and AK, proof and certificates, then a sealed commit;
+    or takes one that was made so before, for nobody yet. The instance is OFF.
+    """
     GetInstance: _grpc.UnaryUnaryMultiCallable[_instance_pb2.GetInstanceRequest, _instance_pb2.Instance]
     """Returns one instance."""
     ListInstances: _grpc.UnaryUnaryMultiCallable[_instance_pb2.ListInstancesRequest, _instance_pb2.ListInstancesResponse]
@@ -68,7 +70,9 @@ class InstanceServiceAsyncStub(InstanceServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateInstance: _aio.UnaryUnaryMultiCallable[_instance_pb2.CreateInstanceRequest, _instance_pb2.Instance]  # type: ignore[assignment]
-    """Manufactures a new TPM: fresh seeds made by the TPM itself, then EK and AK, then a sealed commit. The instance is OFF."""
+    """Manufactures a new TPM: fresh seeds made by the TPM itself, then EK and AK, proof and certificates, then a sealed commit;
+    or takes one that was made so before, for nobody yet. The instance is OFF.
+    """
     GetInstance: _aio.UnaryUnaryMultiCallable[_instance_pb2.GetInstanceRequest, _instance_pb2.Instance]  # type: ignore[assignment]
     """Returns one instance."""
     ListInstances: _aio.UnaryUnaryMultiCallable[_instance_pb2.ListInstancesRequest, _instance_pb2.ListInstancesResponse]  # type: ignore[assignment]
@@ -102,7 +106,9 @@ class InstanceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _instance_pb2.CreateInstanceRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_instance_pb2.Instance, _abc.Awaitable[_instance_pb2.Instance]]:
-        """Manufactures a new TPM: fresh seeds made by the TPM itself, then EK and AK, then a sealed commit. The instance is OFF."""
+        """Manufactures a new TPM: fresh seeds made by the TPM itself, then EK and AK, proof and certificates, then a sealed commit;
+        or takes one that was made so before, for nobody yet. The instance is OFF.
+        """
 
     @_abc_1.abstractmethod
     def GetInstance(

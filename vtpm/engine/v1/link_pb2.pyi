@@ -294,6 +294,7 @@ class Spawn(_message.Message):
     ENGINE_FIELD_NUMBER: _builtins.int
     PROGRAM_FIELD_NUMBER: _builtins.int
     HIDDEN_FIELD_NUMBER: _builtins.int
+    NICE_FIELD_NUMBER: _builtins.int
     instance: _builtins.str
     epoch: _builtins.int
     listeners: _builtins.bool
@@ -301,6 +302,8 @@ class Spawn(_message.Message):
     """Empty: libtpms."""
     program: _builtins.str
     """For an engine that is a program: its absolute path, and the directories that are hidden from it."""
+    nice: _builtins.int
+    """Added to the worker's niceness."""
     @_builtins.property
     def hidden(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -312,10 +315,11 @@ class Spawn(_message.Message):
         engine: _builtins.str = ...,
         program: _builtins.str = ...,
         hidden: _abc.Iterable[_builtins.str] | None = ...,
+        nice: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine", "epoch", b"epoch", "hidden", b"hidden", "instance", b"instance", "listeners", b"listeners", "program", b"program"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine", "epoch", b"epoch", "hidden", b"hidden", "instance", b"instance", "listeners", b"listeners", "nice", b"nice", "program", b"program"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -729,6 +733,11 @@ class WorkerRequest(_message.Message):
     GET_STATUS_FIELD_NUMBER: _builtins.int
     GET_KEYS_FIELD_NUMBER: _builtins.int
     HASH_SEQUENCE_FIELD_NUMBER: _builtins.int
+    ACTIVATE_CREDENTIALS_FIELD_NUMBER: _builtins.int
+    PROVISION_FIELD_NUMBER: _builtins.int
+    WRITE_NV_FIELD_NUMBER: _builtins.int
+    READ_NV_FIELD_NUMBER: _builtins.int
+    REPROVISION_FIELD_NUMBER: _builtins.int
     HIBERNATE_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     @_builtins.property
@@ -756,6 +765,16 @@ class WorkerRequest(_message.Message):
     @_builtins.property
     def hash_sequence(self) -> Global___HashSequence: ...
     @_builtins.property
+    def activate_credentials(self) -> Global___ActivateCredentials: ...
+    @_builtins.property
+    def provision(self) -> Global___Provision: ...
+    @_builtins.property
+    def write_nv(self) -> Global___WriteNv: ...
+    @_builtins.property
+    def read_nv(self) -> Global___ReadNv: ...
+    @_builtins.property
+    def reprovision(self) -> Global___Reprovision: ...
+    @_builtins.property
     def hibernate(self) -> Global___Hibernate: ...
     def __init__(
         self,
@@ -773,13 +792,18 @@ class WorkerRequest(_message.Message):
         get_status: Global___GetStatus | None = ...,
         get_keys: Global___GetKeys | None = ...,
         hash_sequence: Global___HashSequence | None = ...,
+        activate_credentials: Global___ActivateCredentials | None = ...,
+        provision: Global___Provision | None = ...,
+        write_nv: Global___WriteNv | None = ...,
+        read_nv: Global___ReadNv | None = ...,
+        reprovision: Global___Reprovision | None = ...,
         hibernate: Global___Hibernate | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "execute", b"execute", "get_event_log", b"get_event_log", "get_keys", b"get_keys", "get_status", b"get_status", "hash_sequence", b"hash_sequence", "hibernate", b"hibernate", "load", b"load", "manufacture", b"manufacture", "measure", b"measure", "quote", b"quote", "read_pcrs", b"read_pcrs", "reset", b"reset", "stop", b"stop"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["activate_credentials", b"activate_credentials", "body", b"body", "execute", b"execute", "get_event_log", b"get_event_log", "get_keys", b"get_keys", "get_status", b"get_status", "hash_sequence", b"hash_sequence", "hibernate", b"hibernate", "load", b"load", "manufacture", b"manufacture", "measure", b"measure", "provision", b"provision", "quote", b"quote", "read_nv", b"read_nv", "read_pcrs", b"read_pcrs", "reprovision", b"reprovision", "reset", b"reset", "stop", b"stop", "write_nv", b"write_nv"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "execute", b"execute", "get_event_log", b"get_event_log", "get_keys", b"get_keys", "get_status", b"get_status", "hash_sequence", b"hash_sequence", "hibernate", b"hibernate", "id", b"id", "load", b"load", "manufacture", b"manufacture", "measure", b"measure", "quote", b"quote", "read_pcrs", b"read_pcrs", "reset", b"reset", "stop", b"stop"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activate_credentials", b"activate_credentials", "body", b"body", "execute", b"execute", "get_event_log", b"get_event_log", "get_keys", b"get_keys", "get_status", b"get_status", "hash_sequence", b"hash_sequence", "hibernate", b"hibernate", "id", b"id", "load", b"load", "manufacture", b"manufacture", "measure", b"measure", "provision", b"provision", "quote", b"quote", "read_nv", b"read_nv", "read_pcrs", b"read_pcrs", "reprovision", b"reprovision", "reset", b"reset", "stop", b"stop", "write_nv", b"write_nv"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["manufacture", "load", "execute", "read_pcrs", "quote", "measure", "get_event_log", "reset", "stop", "get_status", "get_keys", "hash_sequence", "hibernate"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["manufacture", "load", "execute", "read_pcrs", "quote", "measure", "get_event_log", "reset", "stop", "get_status", "get_keys", "hash_sequence", "activate_credentials", "provision", "write_nv", "read_nv", "reprovision", "hibernate"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -801,6 +825,10 @@ class WorkerReply(_message.Message):
     STATUS_FIELD_NUMBER: _builtins.int
     KEYS_FIELD_NUMBER: _builtins.int
     IMPORTED_FIELD_NUMBER: _builtins.int
+    ACTIVATED_CREDENTIALS_FIELD_NUMBER: _builtins.int
+    PROVISIONED_FIELD_NUMBER: _builtins.int
+    NV_CONTENTS_FIELD_NUMBER: _builtins.int
+    IDENTITY_TOUCHED_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     """0: nobody asked; `imported` says what happened."""
     @_builtins.property
@@ -827,6 +855,16 @@ class WorkerReply(_message.Message):
     def imported(self) -> Global___Imported:
         """The VM's side has put another TPM's state in the place of the instance's."""
 
+    @_builtins.property
+    def activated_credentials(self) -> Global___ActivatedCredentials: ...
+    @_builtins.property
+    def provisioned(self) -> Global___Provisioned: ...
+    @_builtins.property
+    def nv_contents(self) -> Global___NvContents: ...
+    @_builtins.property
+    def identity_touched(self) -> Global___IdentityTouched:
+        """Nobody asked: the VM's side has run a command that may end a key's life."""
+
     def __init__(
         self,
         *,
@@ -842,12 +880,16 @@ class WorkerReply(_message.Message):
         status: Global___Status | None = ...,
         keys: Global___Keys | None = ...,
         imported: Global___Imported | None = ...,
+        activated_credentials: Global___ActivatedCredentials | None = ...,
+        provisioned: Global___Provisioned | None = ...,
+        nv_contents: Global___NvContents | None = ...,
+        identity_touched: Global___IdentityTouched | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "done", b"done", "event_log", b"event_log", "executed", b"executed", "fault", b"fault", "imported", b"imported", "keys", b"keys", "loaded", b"loaded", "manufactured", b"manufactured", "pcr_values", b"pcr_values", "quoted", b"quoted", "status", b"status"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["activated_credentials", b"activated_credentials", "body", b"body", "done", b"done", "event_log", b"event_log", "executed", b"executed", "fault", b"fault", "identity_touched", b"identity_touched", "imported", b"imported", "keys", b"keys", "loaded", b"loaded", "manufactured", b"manufactured", "nv_contents", b"nv_contents", "pcr_values", b"pcr_values", "provisioned", b"provisioned", "quoted", b"quoted", "status", b"status"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "done", b"done", "event_log", b"event_log", "executed", b"executed", "fault", b"fault", "id", b"id", "imported", b"imported", "keys", b"keys", "loaded", b"loaded", "manufactured", b"manufactured", "pcr_values", b"pcr_values", "quoted", b"quoted", "status", b"status"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activated_credentials", b"activated_credentials", "body", b"body", "done", b"done", "event_log", b"event_log", "executed", b"executed", "fault", b"fault", "id", b"id", "identity_touched", b"identity_touched", "imported", b"imported", "keys", b"keys", "loaded", b"loaded", "manufactured", b"manufactured", "nv_contents", b"nv_contents", "pcr_values", b"pcr_values", "provisioned", b"provisioned", "quoted", b"quoted", "status", b"status"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["manufactured", "loaded", "executed", "pcr_values", "quoted", "event_log", "done", "status", "keys", "imported"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["manufactured", "loaded", "executed", "pcr_values", "quoted", "event_log", "done", "status", "keys", "imported", "activated_credentials", "provisioned", "nv_contents", "identity_touched"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -921,15 +963,23 @@ class Manufacture(_message.Message):
     EK_ALGORITHMS_FIELD_NUMBER: _builtins.int
     AK_ALGORITHM_FIELD_NUMBER: _builtins.int
     PCR_BANKS_FIELD_NUMBER: _builtins.int
+    HOLD_FIELD_NUMBER: _builtins.int
+    EXTRA_KEYS_FIELD_NUMBER: _builtins.int
     data_key: _builtins.bytes
     instance: _builtins.bytes
     ak_algorithm: _builtins.str
+    hold: _builtins.bool
+    """Keep the TPM on for what follows, ActivateCredentials and Provision, which gives the envelope."""
     @_builtins.property
     def ek_algorithms(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """TPM_ALG/key kinds by the names of vtpm.v1.KeyAlgorithm."""
 
     @_builtins.property
     def pcr_banks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def extra_keys(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExtraKey]:
+        """Further keys, made as primary keys of the endorsement hierarchy."""
+
     def __init__(
         self,
         *,
@@ -938,14 +988,41 @@ class Manufacture(_message.Message):
         ek_algorithms: _abc.Iterable[_builtins.str] | None = ...,
         ak_algorithm: _builtins.str = ...,
         pcr_banks: _abc.Iterable[_builtins.str] | None = ...,
+        hold: _builtins.bool = ...,
+        extra_keys: _abc.Iterable[Global___ExtraKey] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ak_algorithm", b"ak_algorithm", "data_key", b"data_key", "ek_algorithms", b"ek_algorithms", "instance", b"instance", "pcr_banks", b"pcr_banks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ak_algorithm", b"ak_algorithm", "data_key", b"data_key", "ek_algorithms", b"ek_algorithms", "extra_keys", b"extra_keys", "hold", b"hold", "instance", b"instance", "pcr_banks", b"pcr_banks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Manufacture: _TypeAlias = Manufacture  # noqa: Y015
+
+@_typing.final
+class ExtraKey(_message.Message):
+    """A signing key in the place where a cloud's agents look for it, from the template of its AK."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ALGORITHM_FIELD_NUMBER: _builtins.int
+    HANDLE_FIELD_NUMBER: _builtins.int
+    algorithm: _builtins.str
+    handle: _builtins.int
+    """0: not made persistent; whoever wants it makes it again from its template."""
+    def __init__(
+        self,
+        *,
+        algorithm: _builtins.str = ...,
+        handle: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["algorithm", b"algorithm", "handle", b"handle"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExtraKey: _TypeAlias = ExtraKey  # noqa: Y015
 
 @_typing.final
 class ManufacturedKey(_message.Message):
@@ -981,23 +1058,342 @@ class Manufactured(_message.Message):
 
     SEALED_FIELD_NUMBER: _builtins.int
     KEYS_FIELD_NUMBER: _builtins.int
+    PROPERTIES_FIELD_NUMBER: _builtins.int
     sealed: _builtins.bytes
     """Envelope of the permanent state at epoch 0, version 1."""
     @_builtins.property
     def keys(self) -> _containers.RepeatedCompositeFieldContainer[Global___ManufacturedKey]: ...
+    @_builtins.property
+    def properties(self) -> Global___TpmProperties:
+        """What the TPM tells of itself (TPM_PT_MANUFACTURER, TPM_PT_VENDOR_STRING, TPM_PT_FIRMWARE_VERSION_1, TPM_PT_REVISION)."""
+
     def __init__(
         self,
         *,
         sealed: _builtins.bytes = ...,
         keys: _abc.Iterable[Global___ManufacturedKey] | None = ...,
+        properties: Global___TpmProperties | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["properties", b"properties"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys", "sealed", b"sealed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys", "properties", b"properties", "sealed", b"sealed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Manufactured: _TypeAlias = Manufactured  # noqa: Y015
+
+@_typing.final
+class TpmProperties(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MANUFACTURER_FIELD_NUMBER: _builtins.int
+    VENDOR_FIELD_NUMBER: _builtins.int
+    FIRMWARE_VERSION_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    manufacturer: _builtins.int
+    vendor: _builtins.str
+    firmware_version: _builtins.int
+    revision: _builtins.int
+    def __init__(
+        self,
+        *,
+        manufacturer: _builtins.int = ...,
+        vendor: _builtins.str = ...,
+        firmware_version: _builtins.int = ...,
+        revision: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["firmware_version", b"firmware_version", "manufacturer", b"manufacturer", "revision", b"revision", "vendor", b"vendor"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TpmProperties: _TypeAlias = TpmProperties  # noqa: Y015
+
+@_typing.final
+class ActivateCredentials(_message.Message):
+    """---- identity: proof of keys, certificates in NV ------------------------------------------------------------------------
+
+    TPM2_ActivateCredential for each pair of keys, which are persistent or made again from their templates.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CREDENTIALS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def credentials(self) -> _containers.RepeatedCompositeFieldContainer[Global___Credential]: ...
+    def __init__(
+        self,
+        *,
+        credentials: _abc.Iterable[Global___Credential] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["credentials", b"credentials"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ActivateCredentials: _TypeAlias = ActivateCredentials  # noqa: Y015
+
+@_typing.final
+class Credential(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AK_FIELD_NUMBER: _builtins.int
+    EK_FIELD_NUMBER: _builtins.int
+    BY_POLICY_FIELD_NUMBER: _builtins.int
+    BLOB_FIELD_NUMBER: _builtins.int
+    ENCRYPTED_SECRET_FIELD_NUMBER: _builtins.int
+    MADE_ANEW_FIELD_NUMBER: _builtins.int
+    ak: _builtins.int
+    """Handle of the key whose Name the credential is for."""
+    ek: _builtins.int
+    """Handle of the EK that it is encrypted to."""
+    by_policy: _builtins.bool
+    """Whether the EK is used by its policy (low range templates); otherwise by its empty auth."""
+    blob: _builtins.bytes
+    """Contents of TPM2B_ID_OBJECT and TPM2B_ENCRYPTED_SECRET."""
+    encrypted_secret: _builtins.bytes
+    made_anew: _builtins.str
+    """With `ak` 0: the key of `ExtraKey` with this algorithm, made for this credential alone."""
+    def __init__(
+        self,
+        *,
+        ak: _builtins.int = ...,
+        ek: _builtins.int = ...,
+        by_policy: _builtins.bool = ...,
+        blob: _builtins.bytes = ...,
+        encrypted_secret: _builtins.bytes = ...,
+        made_anew: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ak", b"ak", "blob", b"blob", "by_policy", b"by_policy", "ek", b"ek", "encrypted_secret", b"encrypted_secret", "made_anew", b"made_anew"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Credential: _TypeAlias = Credential  # noqa: Y015
+
+@_typing.final
+class ActivatedCredentials(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SECRETS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def secrets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]: ...
+    def __init__(
+        self,
+        *,
+        secrets: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["secrets", b"secrets"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ActivatedCredentials: _TypeAlias = ActivatedCredentials  # noqa: Y015
+
+@_typing.final
+class NvEntry(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    ATTRIBUTES_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
+    SECRET_AUTH_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    attributes: _builtins.int
+    """TPMA_NV as it is when all is done."""
+    data: _builtins.bytes
+    size: _builtins.int
+    secret_auth: _builtins.bool
+    """With an auth value made from the data key."""
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+        attributes: _builtins.int = ...,
+        data: _builtins.bytes = ...,
+        size: _builtins.int = ...,
+        secret_auth: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attributes", b"attributes", "data", b"data", "index", b"index", "secret_auth", b"secret_auth", "size", b"size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NvEntry: _TypeAlias = NvEntry  # noqa: Y015
+
+@_typing.final
+class Provision(_message.Message):
+    """Ends a manufacture that was held: defines and writes these indices, shuts the TPM down and seals it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATA_KEY_FIELD_NUMBER: _builtins.int
+    INSTANCE_FIELD_NUMBER: _builtins.int
+    ENTRIES_FIELD_NUMBER: _builtins.int
+    data_key: _builtins.bytes
+    instance: _builtins.bytes
+    @_builtins.property
+    def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___NvEntry]: ...
+    def __init__(
+        self,
+        *,
+        data_key: _builtins.bytes = ...,
+        instance: _builtins.bytes = ...,
+        entries: _abc.Iterable[Global___NvEntry] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_key", b"data_key", "entries", b"entries", "instance", b"instance"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Provision: _TypeAlias = Provision  # noqa: Y015
+
+@_typing.final
+class Provisioned(_message.Message):
+    """The envelope at the version that was asked for."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEALED_FIELD_NUMBER: _builtins.int
+    sealed: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        sealed: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sealed", b"sealed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Provisioned: _TypeAlias = Provisioned  # noqa: Y015
+
+@_typing.final
+class Reprovision(_message.Message):
+    """In a worker without a TPM: opens a sealed state, defines and writes indices anew, and seals it as the next version."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATA_KEY_FIELD_NUMBER: _builtins.int
+    PLACE_FIELD_NUMBER: _builtins.int
+    SEALED_FIELD_NUMBER: _builtins.int
+    ENTRIES_FIELD_NUMBER: _builtins.int
+    data_key: _builtins.bytes
+    sealed: _builtins.bytes
+    @_builtins.property
+    def place(self) -> Global___Place: ...
+    @_builtins.property
+    def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___NvEntry]: ...
+    def __init__(
+        self,
+        *,
+        data_key: _builtins.bytes = ...,
+        place: Global___Place | None = ...,
+        sealed: _builtins.bytes = ...,
+        entries: _abc.Iterable[Global___NvEntry] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["place", b"place"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_key", b"data_key", "entries", b"entries", "place", b"place", "sealed", b"sealed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Reprovision: _TypeAlias = Reprovision  # noqa: Y015
+
+@_typing.final
+class WriteNv(_message.Message):
+    """Writes an index of a running TPM between two guest commands, by the auth value that is made from the data key."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    data: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "index", b"index"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WriteNv: _TypeAlias = WriteNv  # noqa: Y015
+
+@_typing.final
+class ReadNv(_message.Message):
+    """Reads an index of a running TPM, by its own auth, which is empty or made from the data key."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    SECRET_AUTH_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    secret_auth: _builtins.bool
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+        secret_auth: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["index", b"index", "secret_auth", b"secret_auth"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReadNv: _TypeAlias = ReadNv  # noqa: Y015
+
+@_typing.final
+class NvContents(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATA_FIELD_NUMBER: _builtins.int
+    ATTRIBUTES_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    attributes: _builtins.int
+    def __init__(
+        self,
+        *,
+        data: _builtins.bytes = ...,
+        attributes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attributes", b"attributes", "data", b"data"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NvContents: _TypeAlias = NvContents  # noqa: Y015
+
+@_typing.final
+class IdentityTouched(_message.Message):
+    """GetKeys says which commands. It is not said again until they are forgotten."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___IdentityTouched: _TypeAlias = IdentityTouched  # noqa: Y015
 
 @_typing.final
 class Load(_message.Message):
@@ -1086,12 +1482,17 @@ Global___Loaded: _TypeAlias = Loaded  # noqa: Y015
 class GetKeys(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    FORGET_GENERATION_FIELD_NUMBER: _builtins.int
+    forget_generation: _builtins.int
+    """Forget the ordinals of IdentityTouched, if nothing came to them since they had this generation."""
     def __init__(
         self,
+        *,
+        forget_generation: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["forget_generation", b"forget_generation"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1103,21 +1504,30 @@ class Keys(_message.Message):
 
     KEYS_FIELD_NUMBER: _builtins.int
     PCR_BANKS_FIELD_NUMBER: _builtins.int
+    IDENTITY_ORDINALS_FIELD_NUMBER: _builtins.int
+    IDENTITY_GENERATION_FIELD_NUMBER: _builtins.int
+    identity_generation: _builtins.int
     @_builtins.property
     def keys(self) -> _containers.RepeatedCompositeFieldContainer[Global___ManufacturedKey]: ...
     @_builtins.property
     def pcr_banks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The allocated banks, by the names of their hashes."""
 
+    @_builtins.property
+    def identity_ordinals(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Commands of IdentityTouched that nobody has dealt with; the generation rises with each."""
+
     def __init__(
         self,
         *,
         keys: _abc.Iterable[Global___ManufacturedKey] | None = ...,
         pcr_banks: _abc.Iterable[_builtins.str] | None = ...,
+        identity_ordinals: _abc.Iterable[_builtins.int] | None = ...,
+        identity_generation: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys", "pcr_banks", b"pcr_banks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["identity_generation", b"identity_generation", "identity_ordinals", b"identity_ordinals", "keys", b"keys", "pcr_banks", b"pcr_banks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1550,6 +1960,7 @@ class Status(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     ATTACHED_FIELD_NUMBER: _builtins.int
     IMPORTED_FIELD_NUMBER: _builtins.int
+    IDENTITY_TOUCHED_FIELD_NUMBER: _builtins.int
     LOADED_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     version: _builtins.int
@@ -1557,6 +1968,8 @@ class Status(_message.Message):
     """A VM's control connection is open."""
     imported: _builtins.bool
     """The VM's side has put another TPM's state there since this worker was loaded."""
+    identity_touched: _builtins.bool
+    """There are ordinals of IdentityTouched that nobody has taken."""
     loaded: _builtins.bool
     """The worker has its instance's state; without, it waits for a Load."""
     @_builtins.property
@@ -1571,11 +1984,12 @@ class Status(_message.Message):
         version: _builtins.int = ...,
         attached: _builtins.bool = ...,
         imported: _builtins.bool = ...,
+        identity_touched: _builtins.bool = ...,
         loaded: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attached", b"attached", "epoch", b"epoch", "imported", b"imported", "loaded", b"loaded", "ordinals", b"ordinals", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attached", b"attached", "epoch", b"epoch", "identity_touched", b"identity_touched", "imported", b"imported", "loaded", b"loaded", "ordinals", b"ordinals", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,98 @@
+"""What becomes of certified keys: AK certificates renewed, keys that their guest has ended. Synchronous and thread-safe."""
+
+from __future__ import annotations
+
+import datetime as dt
+import uuid
+from collections.abc import Sequence
+from typing import Any, Final
+
+import sqlalchemy as sa
+
+from vtpm.crashpoints import crash_point
+from vtpm.errors import ConflictError
+from vtpm.store import database
+from vtpm.store.certificates import Certificates
+from vtpm.store.model import CertificateRecord, IdentityState, InstanceState, KeyRecord, SealedState
+from vtpm.store.pool import replace_state
+from vtpm.store.rows import dump_keys, now
+from vtpm.store.schema import certificates, instances
+
+_OFF_STATES: Final = (InstanceState.OFF.value, InstanceState.FAILED.value)
+
+
+class Identities:
+    """Over the store's engines."""
+
+    def __init__(self, url: str, read: sa.Engine, write: sa.Engine) -> None:
+        self._url = url
+        self._read_engine = read
+        self._write_engine = write
+
+    def overdue(self, kind: str, before: dt.datetime, limit: int) -> list[uuid.UUID]:
+        """Return up to `limit` instances that are ON and have a certificate of `kind` in force that ends before `before`."""
+        query = (
+            sa.select(certificates.c.instance)
+            .join(instances, instances.c.id == certificates.c.instance)
+            .where(
+                instances.c.state == InstanceState.ON.value,
+                certificates.c.kind == kind,
+                certificates.c.current,
+                certificates.c.revoked_at.is_(None),
+                certificates.c.not_after < before.astimezone(dt.UTC).replace(tzinfo=None),
+            )
+            .order_by(certificates.c.not_after)
+            .limit(limit)
+        )
+        with database.errors(self._url), self._read_engine.begin() as connection:
+            return list(dict.fromkeys(connection.execute(query).scalars()))
+
+    def put_in_force(self, record: CertificateRecord) -> None:
+        """Put a certificate that is recorded already in force, in the place of what certifies the same key."""
+        with database.errors(self._url), self._write_engine.begin() as connection:
+            connection.execute(sa.update(certificates).where(*_same_key(record)).values(current=False))
+            serial = f"{record.serial:040x}"
+            connection.execute(sa.update(certificates).where(certificates.c.serial == serial).values(current=True))
+
+    def renew_off(self, instance: uuid.UUID, state: SealedState, records: Sequence[CertificateRecord]) -> None:
+        """Record certificates and put them in force together with the state that has them in its NV; the instance does not run.
+
+        Raises:
+            ConflictError: INSTANCE_CHANGED or STATE_CHANGED; nothing was changed.
+        """
+        with database.errors(self._url), self._write_engine.begin() as connection:
+            here = sa.select(instances.c.state).where(instances.c.id == instance)
+            if connection.execute(here).scalar() not in _OFF_STATES:
+                raise ConflictError("INSTANCE_CHANGED", "the instance is not OFF any more", subject=str(instance))
+            replace_state(connection, instance, state.epoch, state.version, state.blob)
+            for record in records:
+                connection.execute(sa.update(certificates).where(*_same_key(record)).values(current=False))
+            Certificates.add_rows(connection, records)
+            crash_point("renew.before_commit")
+
+    def change(
+        self, instance: uuid.UUID, keys: Sequence[KeyRecord], identity: IdentityState, gone: Sequence[int], reason: str
+    ) -> None:
+        """Write down an instance's keys and what they are worth, and revoke the certificates `gone`, in one step."""
+        moment = now()
+        values: dict[str, Any] = {
+            "keys": dump_keys(tuple(keys)),
+            "identity": identity.value,
+            "revision": instances.c.revision + 1,
+            "updated_at": moment,
+        }
+        with database.errors(self._url), self._write_engine.begin() as connection:
+            connection.execute(sa.update(instances).where(instances.c.id == instance).values(values))
+            serials = certificates.c.serial.in_([f"{serial:040x}" for serial in gone])
+            if gone:
+                Certificates.revoke_rows(connection, serials, reason, moment)
+            crash_point("identity.before_commit")
+
+
+def _same_key(record: CertificateRecord) -> tuple[Any, ...]:
+    return (
+        certificates.c.instance == record.instance,
+        certificates.c.kind == record.kind,
+        certificates.c.algorithm == record.algorithm,
+        certificates.c.current,
+    )
