@@ -49,6 +49,9 @@ from vtpm.tpm.nv import NvEntry
 
 log: Final = structlog.get_logger("vtpm.engine")
 
+# How often a thaw tries to have its instance given to a worker, while workers die.
+_HAND_OVERS: Final = 50
+_HAND_OVER_RETRY_S: Final = 0.01
 _RESET: Final = "reset the instance together with its VM: vtpm instance reset {}"
 
 
@@ -405,40 +408,43 @@ class Workers:
 
     async def _hand_over(self, order: Thaw, key: tuple[str, int], events: EngineEvents) -> WorkerLink:
         """Have a parked instance given to a worker, if the engine host has not done so when it woke."""
-        while True:
+        for _ in range(_HAND_OVERS):
             pid = self._given.pop(key, 0)
-            given = await self._stock.given(pid) if pid else None
-            if pid in self._dead:
-                self._dead.discard(pid)
-                if given is not None:
-                    given.link.close()
-                continue
-            if given is not None:
-                link = self._stock.bind(given, order.instance, order.epoch)
-                self._hold(link, key, events)
-                return link
-            ready = self._stock.take()
-            link = await self._connected(order) if ready is None else self._stock.bind(ready, order.instance, order.epoch)
-            self._hold(link, key, events)
-            if ready is None:
-                return link
             try:
-                await self._ask_host(pb.HostRequest(thaw=pb.Thaw(instance=key[0], pid=ready.pid)))
+                if pid:
+                    ready = await self._stock.given(pid)
+                    link = None if ready is None else self._stock.bind(ready, order.instance, order.epoch)
+                else:
+                    pid, link = await self._fetched(order)
             except EngineError as error:
-                if key in self._links:
-                    self._forget(key)
                 # That worker is gone, or the instance woke meanwhile and was given to another one.
-                if error.reason == "ENGINE_HOST_REFUSED" and key in self._parked:
-                    continue
-                raise
+                if error.reason != "ENGINE_HOST_REFUSED" or key not in self._parked:
+                    raise
+                await asyncio.sleep(_HAND_OVER_RETRY_S)
+                continue
+            if link is None or pid in self._dead:
+                # Its end came between the two of us; the engine host has the instance again.
+                self._dead.discard(pid)
+                if link is not None:
+                    link.close()
+                continue
+            self._hold(link, key, events)
             return link
+        raise EngineError(
+            "WORKERS_DIE", "workers end before they have the instance", subject=key[0], remedy="see engine-host.log"
+        )
 
-    async def _connected(self, order: Thaw) -> WorkerLink:
-        """Give a parked instance to a worker that was not stocked."""
+    async def _fetched(self, order: Thaw) -> tuple[int, WorkerLink]:
+        """Give a parked instance to a stocked worker, or to another one; return its process id and the line to it."""
+        ready = self._stock.take()
+        if ready is not None:
+            await self._ask_host(pb.HostRequest(thaw=pb.Thaw(instance=str(order.instance), pid=ready.pid)))
+            return ready.pid, self._stock.bind(ready, order.instance, order.epoch)
         with _SocketPairs() as pairs:
-            await self._ask_host(pb.HostRequest(thaw=pb.Thaw(instance=str(order.instance))), pairs.worker_ends)
+            request = pb.HostRequest(thaw=pb.Thaw(instance=str(order.instance)))
+            pid = (await self._ask_host(request, pairs.worker_ends)).pid
             self._committer.add(order.instance, order.epoch, pairs.commits)
-            return await WorkerLink.open(order.instance, pairs.operations)
+            return pid, await WorkerLink.open(order.instance, pairs.operations)
 
     async def park(self, engine: str, parked: Parked, listeners: Listeners, events: EngineEvents) -> None:
         """See Engine."""
@@ -468,7 +474,12 @@ class Workers:
             log.warning("engine.worker_killed", instance=key[0], epoch=key[1])
             host = await self._live_host()
             await host.request(pb.HostRequest(kill=pb.Kill(instance=key[0])))
-        status = await exited
+        try:
+            status = await asyncio.wait_for(exited, self._command_timeout_s)
+        except TimeoutError:
+            # Its end was told before anybody here asked for it.
+            log.warning("engine.worker_end_unknown", instance=key[0], epoch=key[1])
+            return
         if status not in (EXIT_STOPPED, EXIT_POWERED_OFF, EXIT_HIBERNATED, -signal.SIGKILL):
             log.warning("engine.worker_ended", instance=key[0], epoch=key[1], status=status)
 

@@ -77,6 +77,8 @@ class WakefulTpm:
         tpm = await self._thaw()
         if self._ended:
             raise EngineError("TPM_LOST", "the instance was powered off while its TPM woke")
+        # What workers left that died on the way does not count for this one.
+        self._left = asyncio.Event()
         self._tpm = tpm
         return tpm
 

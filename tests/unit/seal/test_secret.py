@@ -26,7 +26,7 @@ def test_the_same_is_never_sealed_twice_to_the_same() -> None:
     assert seal_secret(KEY, "a", b"secret") != seal_secret(KEY, "a", b"secret")
 
 
-@pytest.mark.parametrize(("key", "purpose"), [(os.urandom(32), "a"), (KEY, "b")])
+@pytest.mark.parametrize(("key", "purpose"), [(os.urandom(32), "a"), (KEY, "b")], ids=["key", "purpose"])
 def test_another_key_or_place_is_refused(key: bytes, purpose: str) -> None:
     with pytest.raises(SealedStateError) as caught:
         unseal_secret(key, purpose, seal_secret(KEY, "a", b"secret"))
