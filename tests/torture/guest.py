@@ -47,6 +47,8 @@ class Guest(threading.Thread):
         self._sock: socket.socket | None = None
         self.model = Model(name)
         self.counts: Counter[str] = Counter()
+        # Between two actions.
+        self.pause_s = 0.0
         self.failure: BaseException | None = None
         self._actions: list[tuple[int, Callable[[], None]]] = [
             (50, self._increment),
@@ -72,6 +74,7 @@ class Guest(threading.Thread):
                     action()
                 except LostError:
                     self._settle()
+                self._ended.wait(self.pause_s)
         except BaseException as error:  # noqa: BLE001  # told to whoever joins this thread
             self.failure = error
             self._ended.set()

@@ -1,4 +1,4 @@
-"""`./script/soak [--seconds N] [--instances N] [--every S]`: steady load; memory and descriptors should not rise."""
+"""`./script/soak [--seconds N] [--instances N] [--every S] [--pause S]`: steady load; memory and descriptors should not rise."""
 
 from __future__ import annotations
 
@@ -72,13 +72,18 @@ def rising(samples: list[Sample]) -> list[str]:
     return found
 
 
-def soak(seconds: float, instances: int, every_s: float) -> tuple[list[Sample], list[str]]:
+# Shorter than the longest pause between two commands, so that instances hibernate and thaw all the time.
+_ENVIRONMENT = {"VTPM_LOG_LEVEL": "warning", "VTPM_IDLE_TIMEOUT_S": "0.1", "VTPM_POOL_SIZE": "2"}
+
+
+def soak(seconds: float, instances: int, every_s: float, pause_s: float) -> tuple[list[Sample], list[str]]:
     """Run and sample; return the samples and what is wrong."""
     ended = threading.Event()
-    with DaemonProcess(environment={"VTPM_LOG_LEVEL": "warning"}) as daemon:
+    with DaemonProcess(environment=_ENVIRONMENT) as daemon:
         address = f"unix:{daemon.runtime_dir / 'operator.sock'}"
         guests = [Guest(address, f"vm-{number}", 1, ended) for number in range(instances)]
         for guest in guests:
+            guest.pause_s = pause_s
             guest.start()
         begun, samples = time.monotonic(), []
         # What is made at the start does not count.
@@ -99,8 +104,9 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=3600)
     parser.add_argument("--instances", type=int, default=8)
     parser.add_argument("--every", type=float, default=30, help="seconds between samples")
+    parser.add_argument("--pause", type=float, default=0.2, help="seconds between two actions of an instance")
     arguments = parser.parse_args()
-    samples, wrong = soak(arguments.seconds, arguments.instances, arguments.every)
+    samples, wrong = soak(arguments.seconds, arguments.instances, arguments.every, arguments.pause)
     wrong += rising(samples) if samples else ["no samples"]
     sys.stdout.write("\n".join(["flat" if not wrong else "NOT FLAT", *wrong]) + "\n")
     return 1 if wrong else 0
