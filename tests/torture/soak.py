@@ -1,4 +1,4 @@
-"""`./script/soak [--seconds N] [--instances N] [--every S] [--pause S]`: steady load; memory and descriptors should not rise."""
+"""`./script/soak [--seconds N] [--instances N] [--every S] [--pause S]`: steady load; memory and descriptors stay flat."""
 
 from __future__ import annotations
 

@@ -21,6 +21,8 @@ log: Final = structlog.get_logger("vtpm.engine")
 _WANTED: Final = 4
 # A fork would take the core from a guest that waits for its TPM.
 _REFILL_S: Final = 0.02
+_GIVEN_RETRY_S: Final = 0.005
+_GIVEN_TRIES: Final = 1000
 Request = Callable[[pb.HostRequest, Sequence[int]], Awaitable[pb.HostReply]]
 
 
@@ -69,8 +71,7 @@ class Stock:
             operations.close()
             commits.close()
             raise
-        ready = self._ready[pid] = Ready(pid, link, self._committer.add(nobody, 0, commits))
-        link.on_lost = lambda: self._ready.pop(ready.pid, None)
+        self._keep(Ready(pid, link, self._committer.add(nobody, 0, commits)))
 
     def take(self, pid: int = 0) -> Ready | None:
         """Return a stocked worker, that of a process id or any; None if there is none. Another takes its place."""
@@ -80,11 +81,27 @@ class Stock:
             found.link.on_lost = lambda: None
         return found
 
-    async def given(self, pid: int) -> Ready | None:
-        """Return the stocked worker that the engine host has given an instance, of which this end may not be open yet."""
-        while pid not in self._ready and (filling := self._filling) is not None:
-            await asyncio.wait((filling,))
-        return self.take(pid)
+    def put_back(self, ready: Ready) -> None:
+        """A worker that was taken and is not needed, or that the engine host has given to somebody else meanwhile."""
+        if not ready.link.gone.is_set():
+            self._keep(ready)
+
+    def _keep(self, ready: Ready) -> None:
+        self._ready[ready.pid] = ready
+        ready.link.on_lost = lambda: self._ready.pop(ready.pid, None)
+
+    async def given(self, pid: int, is_dead: Callable[[], bool]) -> Ready | None:
+        """Return the stocked worker that the engine host has given an instance; None if it has died.
+
+        This end of it may not be open yet, or be in the hands of somebody who is just about to be refused.
+        """
+        for _ in range(_GIVEN_TRIES):
+            if pid in self._ready:
+                return self.take(pid)
+            if is_dead():
+                break
+            await asyncio.sleep(_GIVEN_RETRY_S)
+        return None
 
     def bind(self, ready: Ready, instance: uuid.UUID, epoch: int) -> WorkerLink:
         """Make a stocked worker that of an instance: from now on its commits are that instance's."""

@@ -412,7 +412,7 @@ class Workers:
             pid = self._given.pop(key, 0)
             try:
                 if pid:
-                    ready = await self._stock.given(pid)
+                    ready = await self._stock.given(pid, functools.partial(self._dead.__contains__, pid))
                     link = None if ready is None else self._stock.bind(ready, order.instance, order.epoch)
                 else:
                     pid, link = await self._fetched(order)
@@ -438,7 +438,11 @@ class Workers:
         """Give a parked instance to a stocked worker, or to another one; return its process id and the line to it."""
         ready = self._stock.take()
         if ready is not None:
-            await self._ask_host(pb.HostRequest(thaw=pb.Thaw(instance=str(order.instance), pid=ready.pid)))
+            try:
+                await self._ask_host(pb.HostRequest(thaw=pb.Thaw(instance=str(order.instance), pid=ready.pid)))
+            except EngineError:
+                self._stock.put_back(ready)
+                raise
             return ready.pid, self._stock.bind(ready, order.instance, order.epoch)
         with _SocketPairs() as pairs:
             request = pb.HostRequest(thaw=pb.Thaw(instance=str(order.instance)))
