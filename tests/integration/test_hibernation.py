@@ -380,3 +380,18 @@ def test_a_drain_names_who_stays_awake(own_daemon: DaemonProcess) -> None:
     assert done.returncode
     assert b"1 of 2" in done.stdout
     assert b"INSTANCE_BUSY: busy" in done.stderr
+
+
+def test_the_padding_of_a_request_keeps_nobody_awake_and_is_not_lost(daemon: DaemonProcess, name: str) -> None:
+    instance = daemon.create(name)
+    vm = vmm.Vmm(instance.control_socket).boot()
+    assert vm.data is not None
+    # As QEMU pads it, at once; then with the padding behind the nap; then not at all, as tpm2-tss does.
+    for first, second in ((b"\0\0\0\0", b""), (b"\0", b"\0\0\0"), (b"\0\0", b"\0\0"), (b"\0", b"")):
+        assert vm.ask(vmm.LOCALITY, first) == bytes(4)
+        daemon.hibernate(name)
+        vm.control.sendall(second)
+        assert vm.ask(vmm.ESTABLISHED) == bytes(8)
+        raw.succeed(vm.data, raw.pcr_read(0))
+    vm.control.close()
+    daemon.until(name, pb.OFF)

@@ -21,7 +21,7 @@ from vtpm.engine.scheduling import stand_alone, take_short_turns
 from vtpm.engine.software import LIBTPMS, TPM_SERVER
 from vtpm.engine.tpm_server import in_new_worker
 from vtpm.engine.v1 import link_pb2 as pb
-from vtpm.engine.worker import GOING_ON, MAX_ORDER_SIZE, TAKE_OVER, Worker
+from vtpm.engine.worker import GOING_ON, MAX_ORDER_SIZE, TAKE_OVER, Worker, vm_sockets
 
 if TYPE_CHECKING:
     from vtpm.engine.operations import Operations
@@ -44,13 +44,13 @@ class Child:
     # What it left with its last words.
     left: tuple[pb.ParkedInstance, list[int]] | None = None
 
-    def take_over(self, roles: Sequence[pb.Role.ValueType], fds: Sequence[int]) -> None:
+    def take_over(self, roles: Sequence[pb.Role.ValueType], fds: Sequence[int], zeros: Sequence[int] = ()) -> None:
         """Give it the instance that it was made for, with a descriptor for each role.
 
         Raises:
             OSError: it is gone.
         """
-        order = pb.TakeOver(instance=self.instance, epoch=self.epoch, roles=roles)
+        order = pb.TakeOver(instance=self.instance, epoch=self.epoch, roles=roles, zeros=zeros)
         socket.send_fds(self.link, [TAKE_OVER, order.SerializeToString()], fds)
 
     def listen(self) -> bool:
@@ -64,8 +64,10 @@ class Child:
         if message == GOING_ON:
             self.settle()
         else:
-            roles = pb.Park.FromString(message).roles
-            about = pb.ParkedInstance(instance=self.instance, epoch=self.epoch, engine=self.engine, roles=roles)
+            park = pb.Park.FromString(message)
+            about = pb.ParkedInstance(
+                instance=self.instance, epoch=self.epoch, engine=self.engine, roles=park.roles, zeros=park.zeros
+            )
             self.left = about, fds
         return True
 
@@ -149,10 +151,7 @@ class Nursery:
             order = pb.TakeOver.FromString(message[len(TAKE_OVER) :])
             if order.instance:
                 sandbox.name_process("vtpm-worker")
-            roles = order.roles
-            (_, operations_socket), (_, commits), *sockets = [
-                (role, socket.socket(fileno=fd)) for role, fd in zip(roles, fds, strict=True)
-            ]
+            (_, operations_socket, _), (_, commits, _), *sockets = vm_sockets(order, fds)
             worker = Worker(tpm, operations, host=host, operations_socket=operations_socket, commits=commits, sockets=sockets)
             worker.run()
         except BaseException as error:  # noqa: BLE001  # a forked child must never return into the host's loop

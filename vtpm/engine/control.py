@@ -74,14 +74,16 @@ class Platform(Protocol):
 
 class ControlChannel:
     """One control connection. `attached` is that of a VMM, whose end is the end of the VM; `resumed` one that an earlier worker
-    of the instance has served.
+    of the instance has served, which has read `zeros` zeros more than it used.
     """
 
-    def __init__(self, platform: Platform, connection: socket.socket, *, attached: bool, resumed: bool = False) -> None:
+    def __init__(
+        self, platform: Platform, connection: socket.socket, *, attached: bool, resumed: bool = False, zeros: int = 0
+    ) -> None:
         self._platform = platform
         self._connection = connection
         self.attached = attached
-        self._reader = ControlReader(resumed=resumed)
+        self._reader = ControlReader(resumed=resumed, zeros=zeros)
         self._descriptors: list[int] = []
 
     def on_readable(self) -> bool:
@@ -109,8 +111,13 @@ class ControlChannel:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing of a request has come yet."""
-        return self._reader.empty and not self._descriptors
+        """Whether nothing of a request has come yet but zeros."""
+        return self.zeros is not None and not self._descriptors
+
+    @property
+    def zeros(self) -> int | None:
+        """See ControlReader."""
+        return self._reader.zeros
 
     def close(self) -> None:
         """Close the connection and what came with it."""

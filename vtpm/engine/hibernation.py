@@ -42,8 +42,8 @@ class Loop(Protocol):
     def attached(self) -> bool:
         """Whether a VM's control connection is open."""
 
-    def park(self) -> tuple[list[pb.Role.ValueType], list[int]]:
-        """What another worker goes on with: roles and descriptors."""
+    def park(self) -> tuple[pb.Park, list[int]]:
+        """What another worker goes on with, and its descriptors."""
 
     def fill(self, snapshot: pb.Snapshot) -> None:
         """Put into a snapshot what the loop knows."""
@@ -113,9 +113,9 @@ class Hibernation:
             # The store can't take it now. Nothing is lost, this worker is simply still here.
             self._since = time.monotonic()
             return False
-        roles, fds = self._loop.park()
+        park, fds = self._loop.park()
         # Should the engine host be gone, so is this worker at once.
-        socket.send_fds(self._host, [pb.Park(roles=roles).SerializeToString()], fds)
+        socket.send_fds(self._host, [park.SerializeToString()], fds)
         raise Exit(EXIT_HIBERNATED)
 
     def hibernate_now(self) -> None:

@@ -30,7 +30,7 @@ from vtpm.engine.v1 import link_pb2 as pb
 from vtpm.engine.worker import ATTACH, CONNECT, HIBERNATE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 # Rises when the messages between daemon, engine host and worker change in a way that an older peer can't follow.
 PROTOCOL: Final = 3
@@ -198,12 +198,12 @@ class EngineHost:
         reply.pid = self._employ(order, roles, fds).pid
         return []
 
-    def _employ(self, order: pb.Spawn, roles: list[pb.Role.ValueType], fds: list[int]) -> Child:
+    def _employ(self, order: pb.Spawn, roles: list[pb.Role.ValueType], fds: list[int], zeros: Sequence[int] = ()) -> Child:
         """Give an instance to a worker."""
-        child = self._children[order.instance] = self._hire(order, roles, fds)
+        child = self._children[order.instance] = self._hire(order, roles, fds, zeros)
         return child
 
-    def _hire(self, order: pb.Spawn, roles: list[pb.Role.ValueType], fds: list[int]) -> Child:
+    def _hire(self, order: pb.Spawn, roles: list[pb.Role.ValueType], fds: list[int], zeros: Sequence[int] = ()) -> Child:
         """Give descriptors to a worker that waits, or to a new one."""
         while True:
             child, fresh = self._nursery.take(order)
@@ -213,7 +213,7 @@ class EngineHost:
             try:
                 if order.nice:
                     os.setpriority(os.PRIO_PROCESS, child.pid, min(order.nice, _MAX_NICE))
-                child.take_over(roles, fds)
+                child.take_over(roles, fds, zeros)
             except OSError:
                 # A spare that has died meanwhile: its end is told of by its descriptor.
                 child.instance = ""
@@ -275,7 +275,7 @@ class EngineHost:
         about, parked = self._parking.take(instance)
         child.instance, child.epoch = about.instance, about.epoch
         try:
-            child.take_over(about.roles, parked)
+            child.take_over(about.roles, parked, about.zeros)
         except OSError:
             child.instance = ""
             about.woken = True
@@ -300,7 +300,9 @@ class EngineHost:
         about, parked = self._parking.take(order.instance)
         try:
             spawn = pb.Spawn(instance=about.instance, epoch=about.epoch, engine=about.engine)
-            child = self._employ(spawn, [pb.OPERATIONS, pb.COMMITS, *about.roles], [*fds, *parked])
+            roles = [pb.OPERATIONS, pb.COMMITS, *about.roles]
+            zeros = [0, 0, *(about.zeros or [0] * len(parked))]
+            child = self._employ(spawn, roles, [*fds, *parked], zeros)
         except BaseException:
             about.woken = True
             self._parking.add(about, parked)

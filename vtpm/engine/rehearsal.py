@@ -151,7 +151,7 @@ class _Stage:
         commits, self._commits = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         data, self._data = socket.socketpair()
         self._sockets = [host, self._host, ops, self._ops, commits, self._commits, data, self._data]
-        self._worker = Worker(tpm, operations, host=host, operations_socket=ops, commits=commits, sockets=[(pb.DATA, data)])
+        self._worker = Worker(tpm, operations, host=host, operations_socket=ops, commits=commits, sockets=[(pb.DATA, data, 0)])
 
     def __enter__(self) -> _Stage:
         return self

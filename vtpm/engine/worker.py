@@ -10,7 +10,7 @@ import os
 import select
 import socket
 import sys
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import TYPE_CHECKING, Final, NoReturn, TypeAlias
 
 from vtpm.engine import descriptors, sandbox
 from vtpm.engine.channels import DataChannels
@@ -46,6 +46,9 @@ _CONTROL_SEND_TIMEOUT_S: Final = 5.0
 _MAX_EVENTS: Final = 8
 
 
+VmSocket: TypeAlias = "tuple[pb.Role.ValueType, socket.socket, int]"
+
+
 class Worker:
     """The loop of one worker process.
 
@@ -62,7 +65,7 @@ class Worker:
         host: socket.socket,
         operations_socket: socket.socket,
         commits: socket.socket,
-        sockets: Sequence[tuple[pb.Role.ValueType, socket.socket]] = (),
+        sockets: Sequence[VmSocket] = (),
     ) -> None:
         self._tpm = tpm
         self._operations = operations
@@ -161,14 +164,14 @@ class Worker:
     def listen(self) -> None:
         """See vtpm.engine.duties.Power."""
         waiting, self._waiting = self._waiting, []
-        for role, sock in waiting:
+        for role, sock, zeros in waiting:
             match role:
                 case pb.DATA:
                     self._channels.open(sock)
                 case pb.VM_DATA:
                     self._channels.open_for_vm(sock)
                 case pb.CONTROL | pb.VM_CONTROL:
-                    self._open_control(sock, attached=role == pb.VM_CONTROL, resumed=True)
+                    self._open_control(sock, attached=role == pb.VM_CONTROL, resumed=True, zeros=zeros)
                 case pb.DATA_LISTENER:
                     self._listen_on(role, sock, self._channels.open)
                 case pb.CONTROL_LISTENER:
@@ -187,14 +190,14 @@ class Worker:
 
         self._watch(listener, on_connection)
 
-    def _open_control(self, connection: socket.socket, *, attached: bool, resumed: bool = False) -> None:
+    def _open_control(self, connection: socket.socket, *, attached: bool, resumed: bool = False, zeros: int = 0) -> None:
         # The limit is for the others: a VM is not to lose its TPM to them.
         if self.attached if attached else len(self._controls) >= MAX_CONTROLS:
             connection.close()
             return
         # A VMM that does not read its answers is waited for no longer than this.
         connection.settimeout(_CONTROL_SEND_TIMEOUT_S)
-        channel = ControlChannel(self._platform, connection, attached=attached, resumed=resumed)
+        channel = ControlChannel(self._platform, connection, attached=attached, resumed=resumed, zeros=zeros)
         fd = connection.fileno()
         self._controls[fd] = channel
         self._watch(connection, lambda: self._on_control(fd))
@@ -226,12 +229,14 @@ class Worker:
         controls = all(channel.idle for channel in self._controls.values())
         return not connected or not controls or not self._channels.idle or bool(self._epoll.poll(0, 1))
 
-    def park(self) -> tuple[list[pb.Role.ValueType], list[int]]:
+    def park(self) -> tuple[pb.Park, list[int]]:
         """See Loop."""
-        parts = [(role, listener.fileno()) for role, listener in self._listeners.items()]
-        parts += [(pb.VM_CONTROL if item.attached else pb.CONTROL, fd) for fd, item in self._controls.items()]
-        parts += self._channels.descriptors()
-        return [role for role, _ in parts], [fd for _, fd in parts]
+        parts = [(role, listener.fileno(), 0) for role, listener in self._listeners.items()]
+        for fd, item in self._controls.items():
+            parts.append((pb.VM_CONTROL if item.attached else pb.CONTROL, fd, item.zeros or 0))
+        parts += [(role, fd, 0) for role, fd in self._channels.descriptors()]
+        park = pb.Park(roles=[role for role, _, _ in parts], zeros=[zeros for _, _, zeros in parts])
+        return park, [fd for _, fd, _ in parts]
 
     def fill(self, snapshot: pb.Snapshot) -> None:
         """See Loop."""
@@ -370,9 +375,8 @@ class Worker:
         if not data:
             raise Exit(EXIT_STOPPED)
         if data.startswith(TAKE_OVER):
-            roles = pb.TakeOver.FromString(data[len(TAKE_OVER) :]).roles
             sandbox.name_process("vtpm-worker")
-            self._waiting += [(role, socket.socket(fileno=fd)) for role, fd in zip(roles, fds, strict=True)]
+            self._waiting += vm_sockets(pb.TakeOver.FromString(data[len(TAKE_OVER) :]), fds)
             if self._durable.ready:
                 # Its state was faster.
                 self.listen()
@@ -412,6 +416,12 @@ class Worker:
                     return
             if last is not None:
                 raise Exit(last)
+
+
+def vm_sockets(order: pb.TakeOver, fds: Sequence[int]) -> list[VmSocket]:
+    """What an order brings: the role of each socket, and how many zeros were read from it too many."""
+    zeros = list(order.zeros) or [0] * len(fds)
+    return [(role, socket.socket(fileno=fd), zero) for role, fd, zero in zip(order.roles, fds, zeros, strict=True)]
 
 
 def _accept(listener: socket.socket) -> socket.socket | None:

@@ -101,9 +101,9 @@ class ControlReader:
     bytes and none with four, so that padding can be told from the next request however the bytes come.
     """
 
-    def __init__(self, *, resumed: bool = False) -> None:
-        self._buffer = bytearray()
-        # The padding of a request that an earlier reader of the stream has read may still be to come.
+    def __init__(self, *, resumed: bool = False, zeros: int = 0) -> None:
+        self._buffer = bytearray(zeros)
+        # The padding of a request that an earlier reader of the stream has read may still be to come, or be these zeros.
         self._padding = _MAX_PADDING if resumed else 0
         self.broken = False
 
@@ -126,9 +126,11 @@ class ControlReader:
         return requests
 
     @property
-    def empty(self) -> bool:
-        """Whether another reader could go on with what follows."""
-        return not self._buffer and not self.broken
+    def zeros(self) -> int | None:
+        """How many zeros another reader must begin with to go on with what follows; None if more was read than that."""
+        if self.broken or len(self._buffer) > _MAX_PADDING or any(self._buffer):
+            return None
+        return len(self._buffer)
 
     @property
     def partial(self) -> bool:

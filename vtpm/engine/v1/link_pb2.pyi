@@ -449,6 +449,7 @@ class ParkedInstance(_message.Message):
     ENGINE_FIELD_NUMBER: _builtins.int
     ROLES_FIELD_NUMBER: _builtins.int
     WOKEN_FIELD_NUMBER: _builtins.int
+    ZEROS_FIELD_NUMBER: _builtins.int
     instance: _builtins.str
     epoch: _builtins.int
     engine: _builtins.str
@@ -456,6 +457,10 @@ class ParkedInstance(_message.Message):
     """Something has come for it already."""
     @_builtins.property
     def roles(self) -> _containers.RepeatedScalarFieldContainer[Global___Role.ValueType]: ...
+    @_builtins.property
+    def zeros(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """As in Park."""
+
     def __init__(
         self,
         *,
@@ -464,10 +469,11 @@ class ParkedInstance(_message.Message):
         engine: _builtins.str = ...,
         roles: _abc.Iterable[Global___Role.ValueType] | None = ...,
         woken: _builtins.bool = ...,
+        zeros: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine", "epoch", b"epoch", "instance", b"instance", "roles", b"roles", "woken", b"woken"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine", "epoch", b"epoch", "instance", b"instance", "roles", b"roles", "woken", b"woken", "zeros", b"zeros"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -480,16 +486,24 @@ class Park(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ROLES_FIELD_NUMBER: _builtins.int
+    ZEROS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def roles(self) -> _containers.RepeatedScalarFieldContainer[Global___Role.ValueType]: ...
+    @_builtins.property
+    def zeros(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """For each role how many bytes, all of them zero, were read from it and belong to what follows or to nothing: a control request
+        may be padded with zeros, and begins with them.
+        """
+
     def __init__(
         self,
         *,
         roles: _abc.Iterable[Global___Role.ValueType] | None = ...,
+        zeros: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["roles", b"roles"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["roles", b"roles", "zeros", b"zeros"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -504,20 +518,26 @@ class TakeOver(_message.Message):
     INSTANCE_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     ROLES_FIELD_NUMBER: _builtins.int
+    ZEROS_FIELD_NUMBER: _builtins.int
     instance: _builtins.str
     epoch: _builtins.int
     @_builtins.property
     def roles(self) -> _containers.RepeatedScalarFieldContainer[Global___Role.ValueType]: ...
+    @_builtins.property
+    def zeros(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """As in Park; none: 0 for each."""
+
     def __init__(
         self,
         *,
         instance: _builtins.str = ...,
         epoch: _builtins.int = ...,
         roles: _abc.Iterable[Global___Role.ValueType] | None = ...,
+        zeros: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "instance", b"instance", "roles", b"roles"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "instance", b"instance", "roles", b"roles", "zeros", b"zeros"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
