@@ -14,13 +14,8 @@ import pytest
 from tests.support.daemon import DaemonProcess
 from tests.support.ports import free_pair
 from tests.support.softhsm import MODULE, make_token
-from tests.unit.pki.given import TPM, an_ak, an_ek
-from vtpm.instance.authority import AuthorityOptions, HostAuthority
-from vtpm.pki.model import CertificateKind, IssuedCertificate, PlatformDescription
-from vtpm.seal.file_provider import FileKeyProvider
-from vtpm.store.model import CertificateRecord
-from vtpm.store.store import Store
-from vtpm.tpm.keys import KeyAlgorithm
+from vtpm.api.v1 import instance_pb2 as pb
+from vtpm.pki.model import CertificateKind
 
 CA_EXTENSIONS = (
     "basicConstraints=critical,CA:TRUE,pathlen:0\nkeyUsage=critical,keyCertSign,cRLSign\n"
@@ -55,41 +50,15 @@ def sign_request(directory: Path, request: str, out: str) -> None:
     sh(directory, f"openssl x509 -req -in {request} -CA root.pem -CAkey root.key -days 90 -sha384 -extfile ext -out {out}")
 
 
-def certify(daemon: DaemonProcess, name: str) -> uuid.UUID:
-    """Put certificates of an instance's into the store, while the daemon is stopped."""
-    instance = uuid.UUID(daemon.get(name).id)
-    daemon.stop()
-    store = Store.open(f"sqlite:///{daemon.state_dir / 'vtpm.db'}")
-    keys = FileKeyProvider(state_dir=daemon.state_dir, options={}, create=False)
-    authority = HostAuthority.open(store, keys, AuthorityOptions()).required()
-    from datetime import UTC, datetime
-
-    now = datetime.now(UTC)
-    ek_rsa = authority.issue_ek(an_ek(KeyAlgorithm.RSA_2048), TPM, now=now)
-    issued: list[tuple[IssuedCertificate, str]] = [
-        (ek_rsa, "RSA_2048"),
-        (authority.issue_ek(an_ek(KeyAlgorithm.ECC_P256), TPM, now=now), "ECC_P256"),
-        (authority.issue_ek(an_ek(KeyAlgorithm.ECC_P384), TPM, now=now), "ECC_P384"),
-        (authority.issue_ak(an_ak(), instance, now=now), "ECC_P256"),
-        (authority.issue_platform(ek_rsa, PlatformDescription("QEMU", "pc", "9", str(instance)), TPM, now=now), ""),
-    ]
-    store.certificates.add(
-        [
-            CertificateRecord(
-                one.serial, instance, one.kind, algorithm, one.der, one.not_before, one.not_after, one.issuer_key_id
-            )
-            for one, algorithm in issued
-        ]
-    )
-    store.close()
-    daemon.start()
-    return instance
+def certified(daemon: DaemonProcess, name: str) -> uuid.UUID:
+    """Create an instance with five certificates: of three EKs, its AK and its platform."""
+    profile = pb.Profile(ek_algorithms=[pb.RSA_2048, pb.ECC_P256, pb.ECC_P384])
+    return uuid.UUID(daemon.create(name, profile=profile).id)
 
 
 def test_certificates_are_printed_and_verified(own_daemon: DaemonProcess, tmp_path: Path) -> None:
     daemon = own_daemon
-    daemon.create("web-1")
-    instance = certify(daemon, "web-1")
+    instance = certified(daemon, "web-1")
     daemon.vtpm("ca", "show", "--out", str(tmp_path))
     verify = "openssl verify -CAfile root.pem -untrusted issuing.pem"
     for kind, more in (("ek-rsa", ""), ("ek-ecc", "--algorithm ecc_p384"), ("ak", "")):
@@ -111,8 +80,7 @@ def test_certificates_are_printed_and_verified(own_daemon: DaemonProcess, tmp_pa
 
 def test_revocation_reaches_the_crl(own_daemon: DaemonProcess, tmp_path: Path) -> None:
     daemon = own_daemon
-    daemon.create("web-1")
-    instance = certify(daemon, "web-1")
+    instance = certified(daemon, "web-1")
     daemon.vtpm("ca", "show", "--out", str(tmp_path))
     for kind in ("ek-rsa", "ak"):
         daemon.vtpm("instance", "cert", "web-1", "--kind", kind, "--out", str(tmp_path / f"{kind}.pem"))
@@ -158,8 +126,8 @@ def test_errors_are_one_line_with_a_reason(daemon: DaemonProcess, arguments: str
 
 def test_rotation_with_live_instances(own_daemon: DaemonProcess, tmp_path: Path) -> None:
     daemon = own_daemon
-    daemon.running("web-1")
-    certify(daemon, "web-1")
+    certified(daemon, "web-1")
+    daemon.power_on("web-1")
     before = authorities(daemon)[0]
     daemon.vtpm("ca", "rotate")
     daemon.stop()

@@ -26,7 +26,7 @@ _PCR = 4
 _SELECTION = tpm_pb2.PcrSelection(hash_algorithm="sha256", indices=[_PCR])
 # Longer than the daemon lets a commit wait.
 _TIMEOUT_S = 90.0
-_REASONS = frozenset(("WORKER_LOST", "ENGINE_HOST_LOST"))
+_REASONS = frozenset(("WORKER_LOST", "ENGINE_HOST_LOST", "SNAPSHOT_MISSING"))
 # What a call may fail with while things die around it.
 _TRANSIENT = frozenset((ErrorKind.UNAVAILABLE, ErrorKind.ABORTED, ErrorKind.INTERNAL, ErrorKind.DEADLINE_EXCEEDED))
 

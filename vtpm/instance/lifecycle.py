@@ -40,6 +40,7 @@ _T = TypeVar("_T")
 _FAILURE_RETRY_S: Final = 1.0
 _END_TIMEOUT_S: Final = 5.0
 _STATUS_TIMEOUT_S: Final = 2.0
+_GOING_S: Final = 0.05
 
 
 class Lifecycle:
@@ -377,9 +378,12 @@ class Lifecycle:
         running = self._running.get(instance)
         if running is not None:
             try:
-                return (await asyncio.wait_for(running.tpm.status(), _STATUS_TIMEOUT_S)).attached
+                if not (await asyncio.wait_for(running.tpm.status(), _STATUS_TIMEOUT_S)).attached:
+                    return False
+                # The VM may have gone just now, and its worker not have come to that yet.
+                await asyncio.wait_for(running.gone.wait(), _GOING_S)
             except TimeoutError:
-                # It is there and busy, as with a commit that the store does not take.
+                # It is there, or busy, as with a commit that the store does not take.
                 return True
             except EngineError:
                 with contextlib.suppress(TimeoutError):

@@ -178,7 +178,13 @@ class WakefulTpm:
         while True:
             await self._call(lambda tpm: tpm.attach(connection))
             # An answer says that the worker has the connection, or finds it before it can hibernate.
-            status = await self.status()
+            try:
+                status = await self.status()
+            except EngineError:
+                if self._ended:
+                    # It came, and went.
+                    return
+                raise
             if status.attached or self._tpm is not None:
                 return
 
