@@ -302,6 +302,17 @@ def test_a_program_that_is_no_tpm_server_is_refused_by_name(tmp_path: Path) -> N
             time.sleep(0.01)
 
 
+def test_it_does_not_hibernate_and_says_so(simulated: DaemonProcess) -> None:
+    daemon = simulated
+    daemon.running("web-1", engine=ENGINE)
+    with pytest.raises(VtpmError) as caught:
+        daemon.hibernate("web-1")
+    assert caught.value.reason == "ENGINE_CANNOT_HIBERNATE"
+    drained = daemon.vtpm("host", "drain", check=False)
+    assert b"ENGINE_CANNOT_HIBERNATE: web-1" in drained.stderr
+    assert daemon.get("web-1").state == pb.ON
+
+
 def test_without_isolation_nothing_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_hidden: object) -> None:
         raise EngineError("ENGINE_NOT_ISOLATED", "no namespaces here")

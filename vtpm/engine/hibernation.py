@@ -122,8 +122,14 @@ class Hibernation:
         """The same because the daemon asks.
 
         Raises:
-            FailedPreconditionError: INSTANCE_BUSY.
+            FailedPreconditionError: INSTANCE_BUSY, or ENGINE_CANNOT_HIBERNATE.
         """
+        if self._tpm.lifeline >= 0:
+            raise FailedPreconditionError(
+                "ENGINE_CANNOT_HIBERNATE",
+                "this engine can't save the volatile state of a TPM",
+                remedy="stop the instance; or create it with the engine libtpms",
+            )
         if not self.hibernate():
             raise FailedPreconditionError(
                 "INSTANCE_BUSY",
