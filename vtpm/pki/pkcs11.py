@@ -100,6 +100,10 @@ def read_pin(pin_file: str, environment: Mapping[str, str] | None = None) -> str
     return value
 
 
+# One for the whole process: a module is one library however many signers use it, and not every one takes two threads at once.
+_TOKENS: Final = threading.Lock()
+
+
 class Pkcs11Signer:
     """Implements Signer with a key in a token. One session, one signature at a time; it is opened again when it is lost.
 
@@ -111,7 +115,7 @@ class Pkcs11Signer:
 
     def __init__(self, module: str, uri: str, pin_file: str, public: CaPublicKey | None = None) -> None:
         self._module, self._where, self._pin_file = module, parse_uri(uri), pin_file
-        self._lock = threading.Lock()
+        self._lock = _TOKENS
         self._session: Any = None
         self._key: Any = None
         with self._lock, self._errors():
