@@ -404,7 +404,9 @@ class Store:
                     "INSTANCE_ON", "an instance that is ON can't be deleted", subject=record.name,
                     remedy=f"vtpm instance stop {record.name}",
                 )  # fmt: skip
-            self._change(connection, instance, {"state": _DELETING}, revision=revision)
+            # Its name is free at once, however long the erasure of what is left of its key takes.
+            gone = {"state": _DELETING, "name": f"~{instance.hex}"}
+            self._change(connection, instance, gone, revision=revision)
             connection.execute(sa.delete(data_keys).where(data_keys.c.instance == instance))
             self.freshness.record(connection, LogKind.DELETED, instance)
             self.certificates.revoke_rows(connection, certificates.c.instance == instance, "cessationOfOperation", now())

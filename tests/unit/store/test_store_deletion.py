@@ -139,13 +139,15 @@ def test_a_reader_that_keeps_the_log_makes_the_erasure_pending_and_the_next_star
         with pytest.raises(StoreError) as pending:
             store.delete(new.id, None)
         assert pending.value.reason == "ERASURE_PENDING"
+        # It is deleted all the same: its name is free.
+        assert store.create(a_new_instance("web-1")).id != new.id
         assert pending.value.remedy
         reader.execute("ROLLBACK")
-    # It is gone for everybody, and its name is free when the rest is erased.
+    # It is gone for everybody; the rest is erased at the next start.
     with pytest.raises(NotFoundError):
-        store.get("web-1")
+        store.get(str(new.id))
     store.close()
     again = Store.open(f"sqlite:///{path}")
     assert new.wrapped_key.blob not in bytes_on_disk(path)
-    again.create(a_new_instance("web-1"))
+    again.create(a_new_instance("web-2"))
     again.close()
