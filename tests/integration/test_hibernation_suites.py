@@ -30,7 +30,7 @@ def test_the_tests_of_tpm2_pytss_pass(quiet_daemon: DaemonProcess) -> None:
     except SuiteUnavailableError as error:
         pytest.skip(str(error))
     suite = Suite(quiet_daemon)
-    # What depends most on what is volatile; the whole suite passes too and takes some minutes.
+    # What depends most on what is volatile; all of it would take some minutes.
     chosen = "session or policy or sequence or context or transient or flush or clock"
     done = suite.run(directory, "test_esapi.py", "test_policy.py", "-k", chosen)
     assert done.returncode == 0, done.stdout.decode()[-4000:]
