@@ -83,6 +83,8 @@ class Workers:
         # Hibernated instances, whose descriptors are with the engine host.
         self._parked: dict[tuple[str, int], EngineEvents] = {}
         self._found_parked: list[pb.ParkedInstance] = []
+        # Who hears of instances that nobody has claimed yet.
+        self._unclaimed: EngineEvents | None = None
         self._stock = Stock(committer, self._ask_host)
         # Stocked workers, by process id, that the engine host has given an instance that woke.
         self._given: dict[tuple[str, int], int] = {}
@@ -101,10 +103,12 @@ class Workers:
 
     async def recover(self, engine: str, events: EngineEvents) -> Recovered:
         """Take over the workers of `engine` that ran on without a daemon."""
+        # Before anything of the engine host is heard: what runs on does not wait with its end until it is taken over.
+        self._unclaimed = events
         await self._live_host()
         adopted = []
-        for worker in self._found:
-            if (worker.engine or LIBTPMS) != engine:
+        for worker in list(self._found):
+            if (worker.engine or LIBTPMS) != engine or self._has_left(worker):
                 continue
             try:
                 adopted.append(await self._adopt(worker, events))
@@ -115,6 +119,11 @@ class Workers:
             self._parked[item.instance, item.epoch] = events
         powered_off = {(uuid.UUID(item.instance), item.epoch) for item in self._ended if item.status == EXIT_POWERED_OFF}
         return Recovered(adopted, frozenset(powered_off), [_to_parked(item) for item in parked])
+
+    def _has_left(self, worker: pb.RunningWorker) -> bool:
+        """Whether a worker has ended since the engine host told of it."""
+        key = worker.instance, worker.epoch
+        return any((item.instance, item.epoch) == key for items in (self._found_parked, self._ended) for item in items)
 
     async def _connect(self) -> None:
         replies = await self._greet()
@@ -189,6 +198,8 @@ class Workers:
         """See HostEvents."""
         log.error("engine.host_lost", pid=self.host_pid)
         self._host = None
+        self._found.clear()
+        self._found_parked.clear()
         self._stock.clear()
         self._given.clear()
         for waiter in self._exits.values():
@@ -207,7 +218,7 @@ class Workers:
         key = wake.instance, wake.epoch
         if wake.pid:
             self._given[key] = wake.pid
-        events = self._parked.get(key)
+        events = self._parked.get(key, self._unclaimed)
         if events is not None:
             events.wanted(uuid.UUID(wake.instance), wake.epoch)
 
@@ -218,9 +229,7 @@ class Workers:
         if waiter is not None and not waiter.done():
             waiter.set_result(exited.status)
         if key not in self._links:
-            if exited.HasField("parked"):
-                # A stocked worker that died with the instance it was given, before anybody here asked it for anything.
-                self._dead.add(exited.pid)
+            self._on_stranger_exit(key, exited)
             return
         match exited.status:
             case _ if exited.HasField("parked"):
@@ -247,6 +256,17 @@ class Workers:
                 how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
                 self._report(*key, "WORKER_LOST", f"the worker ended with {how}; the TPM's volatile state is lost")
 
+    def _on_stranger_exit(self, key: tuple[str, int], exited: pb.WorkerExited) -> None:
+        """Note the end of a worker that nobody here holds."""
+        if key in self._parked or self._given.get(key) == exited.pid:
+            # A stocked worker that died with the instance it was given, before anybody here asked it for anything.
+            self._dead.add(exited.pid)
+        elif exited.HasField("parked"):
+            # It ran on without a daemon, and hibernated before this one took it over.
+            self._found_parked.append(exited.parked)
+        elif "/" not in exited.instance:
+            self._ended.append(exited)
+
     def _report(self, instance: str, epoch: int, reason: str, message: str, remedy: str = "") -> None:
         self._end(instance, epoch, Loss(reason, message, remedy or _RESET.format(instance)))
 
@@ -264,12 +284,20 @@ class Workers:
 
     async def _adopt(self, worker: pb.RunningWorker, events: EngineEvents) -> Adopted:
         instance = uuid.UUID(worker.instance)
+        key = worker.instance, worker.epoch
         host = await self._live_host()
         with _SocketPairs() as pairs:
-            await host.request(pb.HostRequest(attach=pb.Attach(instance=worker.instance)), pairs.worker_ends)
-            self._committer.add(instance, worker.epoch, pairs.commits)
             link = await WorkerLink.open(instance, pairs.operations)
-        self._hold(link, (worker.instance, worker.epoch), events)
+            # Before it hears of this daemon: it may wait for one only to hibernate, and then it is gone at once.
+            self._hold(link, key, events)
+            try:
+                await host.request(pb.HostRequest(attach=pb.Attach(instance=worker.instance)), pairs.worker_ends)
+            except VtpmError:
+                if key in self._links:
+                    self._forget(key)
+                    raise
+                # It has ended meanwhile, and `events` were told how.
+            self._committer.add(instance, worker.epoch, pairs.commits)
         return Adopted(instance, worker.epoch, link)
 
     def _hold(self, link: WorkerLink, key: tuple[str, int], events: EngineEvents) -> None:
