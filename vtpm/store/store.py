@@ -92,6 +92,7 @@ class Store:
                     if error.reason != "ERASURE_PENDING":
                         raise
                     log.warning("store.erasure_pending", remedy=error.remedy)
+                store._commits.make_room()
             except BaseException:
                 read.dispose()
                 raise
