@@ -75,6 +75,8 @@ class Committer:
         self._epoll.register(self._wake_fd, select.EPOLLIN)
         self._channels: dict[int, Channel] = {}
         self._added: list[Channel] = []
+        # What the daemon itself wants to be durable, and for whom.
+        self._asked: list[tuple[Channel, pb.Commit]] = []
         self._lock = threading.Lock()
         self._closing = False
         self.trouble: StoreError | None = None
@@ -90,6 +92,12 @@ class Committer:
             self._added.append(channel)
         os.eventfd_write(self._wake_fd, 1)
         return channel
+
+    def commit_for(self, channel: Channel, commit: pb.Commit) -> None:
+        """Make something durable for a worker, which gets the answer as if it had asked."""
+        with self._lock:
+            self._asked.append((channel, commit))
+        os.eventfd_write(self._wake_fd, 1)
 
     def close(self) -> None:
         """Stop after the turn that runs. Commits not taken stay with their workers, which bring them to the next daemon."""
@@ -117,19 +125,21 @@ class Committer:
         arrived: list[tuple[Channel, pb.Commit]] = []
         for fd, _event in self._epoll.poll(timeout, _MAX_EVENTS):
             if fd == self._wake_fd:
-                self._take_added()
+                arrived += self._take_added()
             else:
                 arrived += self._receive(self._channels[fd])
         return arrived
 
-    def _take_added(self) -> None:
+    def _take_added(self) -> list[tuple[Channel, pb.Commit]]:
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._wake_fd)
         with self._lock:
             added, self._added = self._added, []
+            asked, self._asked = self._asked, []
         for channel in added:
             self._channels[channel.sock.fileno()] = channel
             self._epoll.register(channel.sock.fileno(), select.EPOLLIN)
+        return asked
 
     def _receive(self, channel: Channel) -> list[tuple[Channel, pb.Commit]]:
         try:

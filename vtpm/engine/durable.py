@@ -6,7 +6,6 @@ here, where the plaintext is; nothing else on the host ever holds it.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
 import socket
@@ -59,7 +58,6 @@ class DurableState:
         self._snapshot_version = 0
         self._data_key = b""
         self._timeout_s = 60.0
-        self._consuming = b""
         # Commands that may have ended a key's life and that no daemon has dealt with; who is told of the first of them.
         self.identity_ordinals: set[int] = set()
         self.identity_generation = 0
@@ -158,26 +156,19 @@ class DurableState:
             return True
         return False
 
-    def begin_consume(self, token: bytes) -> None:
-        """Ask the store to forget the snapshot that this worker goes on from; `finish_consume` waits until it has.
+    def finish_consume(self, token: bytes) -> None:
+        """Return when the snapshot is durably forgotten, which the daemon sees to; before that no command may run.
 
-        Whoever asks again with the same 16 bytes, as it lost the answer, succeeds; nobody else does (invariant 2).
+        If that daemon is gone the next one is asked. Under the same 16 bytes it succeeds, under others never (invariant 2).
         """
-        commit = pb.Commit(epoch=self.epoch, version=self._snapshot_version, kind=pb.Commit.CONSUME, token=token)
-        self._consuming = frame(commit.SerializeToString())
-        # Sent ahead, so that the disk syncs while the TPM takes its state. If the daemon is gone, it is sent again.
-        with contextlib.suppress(OSError):
-            self._commits.sendall(self._consuming)
-
-    def finish_consume(self) -> None:
-        """Return when the snapshot is durably forgotten; before that no command may run."""
         deadline = time.monotonic() + self._timeout_s
         # The answer is on its way, and a guest waits for it.
         self._alone = True
         message = b""
         while self._try_commit(message, self._snapshot_version, deadline) is None:
             self._await_daemon(deadline)
-            message = self._consuming
+            commit = pb.Commit(epoch=self.epoch, version=self._snapshot_version, kind=pb.Commit.CONSUME, token=token)
+            message = frame(commit.SerializeToString())
 
     def _made_durable(self, commit: pb.Commit) -> bool:
         """Wait until `commit` is durable; False if it is a snapshot that the store does not take."""

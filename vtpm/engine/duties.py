@@ -183,7 +183,7 @@ class Duties:
             self._power.go_on(permanent, snapshot)
             self._events += snapshot.events
             # Invariant 2: forgotten durably before the first command runs.
-            self._durable.finish_consume()
+            self._durable.finish_consume(order.snapshot_token)
             self._power.gone_on()
         elif order.without_init:
             self._tpm.permanent = permanent

@@ -1,12 +1,11 @@
 """Hibernation of a worker: when, and what of it goes into the store so that another worker can go on where this one stopped.
 
 Invariant 2: a snapshot is used once. The worker runs nothing after it was taken, and the one that goes on from it has the store
-forget it before the first command runs (`DurableState.consume`).
+forget it before the first command runs (`DurableState.finish_consume`).
 """
 
 from __future__ import annotations
 
-import os
 import socket
 import time
 import zlib
@@ -150,7 +149,7 @@ class Hibernation:
         return zlib.compress(snapshot.SerializeToString(), _COMPRESSION)
 
     def wake(self, plain: bytes) -> pb.Snapshot:
-        """Return a snapshot as it was taken, and have the store forget it.
+        """Return a snapshot as it was taken.
 
         Raises:
             SealedStateError: SNAPSHOT_STATE_MISMATCH, it belongs to another permanent state than the one that was loaded.
@@ -164,5 +163,4 @@ class Hibernation:
                 f"the store has version {self._durable.version}",
                 remedy="reset the instance together with its VM",
             )
-        self._durable.begin_consume(os.urandom(16))
         return snapshot

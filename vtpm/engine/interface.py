@@ -58,12 +58,16 @@ class PowerOn:
 
 @dataclass(frozen=True, slots=True)
 class Thaw:
-    """What an engine needs to go on with a hibernated instance: its permanent state and the snapshot of it, both sealed."""
+    """What an engine needs to go on with a hibernated instance: its permanent state and the snapshot of it, both sealed.
+
+    `token`, 16 bytes: who goes on from the snapshot. With the same token another worker may, until one has run a command.
+    """
 
     instance: uuid.UUID
     epoch: int
     state: SealedState
     snapshot: SealedState = field(repr=False)
+    token: bytes = field(repr=False)
     data_key: bytes = field(repr=False)
     idle_timeout_s: float = 0
 

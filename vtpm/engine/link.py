@@ -15,6 +15,7 @@ from typing import Final, Protocol
 
 from vtpm import crashpoints
 from vtpm.engine import descriptors
+from vtpm.engine.committer import Channel
 from vtpm.engine.framing import FrameReader, frame
 from vtpm.engine.identity import TouchedKeys, key_records
 from vtpm.engine.interface import PcrValue, PcrValues, Quoted
@@ -185,6 +186,8 @@ class WorkerLink(asyncio.Protocol):
         self._ids = 0
         self._pending: dict[int, asyncio.Future[pb.WorkerReply]] = {}
         self.gone = asyncio.Event()
+        # The same worker's commit socket, once it runs an instance.
+        self.commits: Channel | None = None
         # How the engine stops this worker for good, once it runs an instance.
         self.stopper: Callable[[], Awaitable[None]] = self.ask_to_stop
         # How a control connection gets to this worker, and who hears that its state was replaced.

@@ -106,7 +106,7 @@ class Stock:
     def bind(self, ready: Ready, instance: uuid.UUID, epoch: int) -> WorkerLink:
         """Make a stocked worker that of an instance: from now on its commits are that instance's."""
         ready.channel.instance, ready.channel.epoch = instance, epoch
-        ready.link.instance = instance
+        ready.link.instance, ready.link.commits = instance, ready.channel
         return ready.link
 
     async def dismiss(self) -> None:

@@ -297,7 +297,7 @@ class Workers:
                     self._forget(key)
                     raise
                 # It has ended meanwhile, and `events` were told how.
-            self._committer.add(instance, worker.epoch, pairs.commits)
+            link.commits = self._committer.add(instance, worker.epoch, pairs.commits)
         return Adopted(instance, worker.epoch, link)
 
     def _hold(self, link: WorkerLink, key: tuple[str, int], events: EngineEvents) -> None:
@@ -416,23 +416,31 @@ class Workers:
             idle_timeout_ms=int(order.idle_timeout_s * 1000),
             snapshot=order.snapshot.blob,
             snapshot_version=order.snapshot.version,
+            snapshot_token=order.token,
         )
         self._limits.put_into(load)
         if key in self._links:
             # A daemon before this one gave it to a worker, and ended before the worker had its state.
             link = self._links[key][0]
-            await link.request(pb.WorkerRequest(load=load))
+            await self._go_on(link, order, load)
             return link
         crash_point("thaw.before_hand_over")
         link = await self._hand_over(order, key, events)
         self._parked.pop(key, None)
         crash_point("thaw.after_hand_over")
         try:
-            await link.request(pb.WorkerRequest(load=load))
+            await self._go_on(link, order, load)
         except BaseException:
             await link.stop()
             raise
         return link
+
+    async def _go_on(self, link: WorkerLink, order: Thaw, load: pb.Load) -> None:
+        """Have the store forget the snapshot while the worker takes it up: it waits for that before it runs a command."""
+        assert link.commits is not None
+        use = pb.Commit(epoch=order.epoch, version=order.snapshot.version, kind=pb.Commit.CONSUME, token=order.token)
+        self._committer.commit_for(link.commits, use)
+        await link.request(pb.WorkerRequest(load=load))
 
     async def _hand_over(self, order: Thaw, key: tuple[str, int], events: EngineEvents) -> WorkerLink:
         """Have a parked instance given to a worker, if the engine host has not done so when it woke."""
@@ -475,8 +483,10 @@ class Workers:
         with _SocketPairs() as pairs:
             request = pb.HostRequest(thaw=pb.Thaw(instance=str(order.instance)))
             pid = (await self._ask_host(request, pairs.worker_ends)).pid
-            self._committer.add(order.instance, order.epoch, pairs.commits)
-            return pid, await WorkerLink.open(order.instance, pairs.operations)
+            channel = self._committer.add(order.instance, order.epoch, pairs.commits)
+            link = await WorkerLink.open(order.instance, pairs.operations)
+            link.commits = channel
+            return pid, link
 
     async def park(self, engine: str, parked: Parked, listeners: Listeners, events: EngineEvents) -> None:
         """See Engine."""

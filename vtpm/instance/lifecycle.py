@@ -31,6 +31,7 @@ from vtpm.instance.thaws import Thaws
 from vtpm.instance.watch import ChangeHub
 from vtpm.seal.keys import KeyProvider
 from vtpm.store.model import Failure, InstanceRecord, InstanceState
+from vtpm.store.snapshots import SnapshotRow
 from vtpm.store.store import Store
 
 log: Final = structlog.get_logger("vtpm.instance")
@@ -164,7 +165,7 @@ class Lifecycle:
                     log.warning("instance.stale_parking_closed", instance=str(parked.instance), epoch=parked.epoch)
                     await engine.forget(parked.instance)
                     continue
-                self.thaws.enter(record, attached=parked.attached, woken=parked.woken)
+                self.thaws.enter(record, attached=parked.attached, woken=parked.woken, untouched=True)
         for record in owned.values():
             if record.id in self._running:
                 continue
@@ -175,7 +176,7 @@ class Lifecycle:
                 # The host was restarted: the VM is gone too, and nothing that it could still rely on was lost.
                 await self.blocking(self.store.release, record.id, record.epoch)
                 log.info("instance.off_after_host_restart", instance=str(record.id), name=record.name)
-            elif snapshots.get((record.id, record.epoch)) is False:
+            elif snapshots.get((record.id, record.epoch)) == SnapshotRow(attached=False, used=False):
                 # Nobody's connection was lost, and all that the TPM is was in the store.
                 await self.thaws.park_again(self.thaws.enter(record, attached=False))
             else:
@@ -188,8 +189,8 @@ class Lifecycle:
         self._early = None
         self.sockets.remove_all_but(set(self._running))
 
-    async def _adopt(self, record: InstanceRecord, tpm: RunningTpm, attached: bool | None) -> bool:
-        """Take over a worker; `attached` is None if its instance has no snapshot. False if it has nothing that it could run."""
+    async def _adopt(self, record: InstanceRecord, tpm: RunningTpm, snapshot: SnapshotRow | None) -> bool:
+        """Take over a worker; `snapshot` is its instance's. False if it has nothing that it could run."""
         # In the table first: it may just be about to hibernate.
         running = self._running_of(record, tpm)
         self.enter(running)
@@ -201,11 +202,12 @@ class Lifecycle:
             return True
         if not status.loaded:
             # The daemon before this one ended when the worker had no state yet.
-            if attached is None:
+            if snapshot is None:
                 self.leave(record)
                 await tpm.stop()
                 return False
-            running.tpm.fell_asleep(attached=attached)
+            running.untouched = True
+            running.tpm.fell_asleep(attached=snapshot.attached)
             self.wanted(record.id, record.epoch)
         log.info("instance.adopted", instance=str(record.id), name=record.name, epoch=record.epoch)
         if status.imported:

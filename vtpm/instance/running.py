@@ -11,8 +11,12 @@ from vtpm.store.model import InstanceRecord
 
 @dataclass(slots=True)
 class Running:
-    """A powered-on instance, awake or hibernated."""
+    """A powered-on instance, awake or hibernated.
+
+    `untouched`: the engine host says that no worker has gone on from its snapshot, whatever an earlier daemon has marked.
+    """
 
     record: InstanceRecord
     tpm: WakefulTpm
+    untouched: bool = False
     gone: asyncio.Event = field(default_factory=asyncio.Event)

@@ -1,13 +1,15 @@
 """Hibernated instances: how they come back, and what becomes of them when something is lost.
 
-Invariant 2: the worker that goes on from a snapshot has the store forget it before it runs a command; here nothing is done with
-it but to hand it over, sealed. Invariant 7: a snapshot that can't be opened ends in FAILED.
+Invariant 2: the store forgets a snapshot, under a token, while a worker takes it up, which waits for that before it runs a
+command. Another worker gets it under the same token only if the engine host says that none has gone on from it. Invariant 7: a
+snapshot that can't be opened ends in FAILED.
 """
 
 from __future__ import annotations
 
 import asyncio
 import functools
+import os
 import time
 import uuid
 from collections.abc import Callable, Coroutine, Mapping
@@ -90,9 +92,10 @@ class Thaws:
         running = Running(record, WakefulTpm(None, lambda: self._thaw(running), attached=attached))
         return running
 
-    def enter(self, record: InstanceRecord, *, attached: bool, woken: bool = False) -> Running:
-        """Put a hibernated instance into the table; `woken`: something has come for it."""
+    def enter(self, record: InstanceRecord, *, attached: bool, woken: bool = False, untouched: bool = False) -> Running:
+        """Put a hibernated instance into the table; `woken`: something has come for it. `untouched`: see Running."""
         running = self.sleeper(record, attached=attached)
+        running.untouched = untouched
         self._power.enter(running)
         log.info("instance.found_hibernated", instance=str(record.id), name=record.name, epoch=record.epoch)
         if woken:
@@ -170,9 +173,11 @@ class Thaws:
         record = running.record
         begun = time.monotonic()
         attempts = 0
+        # One for all attempts: the next worker may go on if the one before it died before it did.
+        token = os.urandom(16)
         while True:
             try:
-                order = await self._order(record)
+                order = await self._order(running, token)
                 tpm = await self._power.engine(record.engine).thaw(order)
             except VtpmError as error:
                 if error.kind is ErrorKind.UNAVAILABLE and error.reason not in _REPORTED:
@@ -189,18 +194,29 @@ class Thaws:
                 elif error.reason not in _REPORTED:
                     await self._give_up(running, error)
                 raise
+            running.untouched = False
             self.observe(time.monotonic() - begun)
             log.debug("instance.thawed", instance=str(record.id), epoch=record.epoch)
             return tpm
 
-    async def _order(self, record: InstanceRecord) -> Thaw:
+    async def _order(self, running: Running, token: bytes) -> Thaw:
+        record = running.record
         try:
             found, data_key = await self._opened(record)
         except KeyProviderError:
             # The key-encryption key may just be replaced; then the key was wrapped anew meanwhile.
             async with self._power.key_lock:
                 found, data_key = await self._opened(record)
-        return Thaw(record.id, record.epoch, found.state, found.snapshot, data_key, self._idle_timeout_s)
+        if found.used_by not in (b"", token):
+            if not running.untouched:
+                raise FailedPreconditionError(
+                    "SNAPSHOT_MISSING",
+                    "the snapshot is used up: the worker that went on from it has ended",
+                    subject=record.name,
+                )
+            # Marked by a daemon that ended before its worker was there.
+            token = found.used_by
+        return Thaw(record.id, record.epoch, found.state, found.snapshot, token, data_key, self._idle_timeout_s)
 
     def _open_key(self, record: InstanceRecord) -> tuple[Hibernated, bytes]:
         found = self._power.store.snapshots.load(record.id, record.epoch)

@@ -1,7 +1,7 @@
 """Snapshots of hibernated instances: taken with the instance ON, used once, forgotten when it is powered off.
 
-Invariant 2: `use` durably marks the snapshot as used up, and by whom, before that worker runs a command; from then on nobody
-gets it. Asked again by the same worker, which lost the answer, it succeeds; asked by anybody else it does not.
+Invariant 2: `use` durably marks the snapshot as used up, and under which token, before a worker that goes on from it runs a
+command. Asked again under the same token, as the answer or the worker was lost on the way, it succeeds; under others never.
 
 Statements run on a connection of vtpm.store.commits, in its transaction. Plain SQL on the driver, as a guest waits.
 """
@@ -37,15 +37,15 @@ WHERE snapshot_uses.version < excluded.version
   OR (snapshot_uses.version = excluded.version AND snapshot_uses.token = excluded.token)
 """
 _LOAD: Final = """
-SELECT k.provider, k.key_id, k.blob, s.epoch, s.version, s.blob, n.version, n.blob
+SELECT k.provider, k.key_id, k.blob, s.epoch, s.version, s.blob, n.version, n.blob, u.token
 FROM data_keys k JOIN states s ON s.instance = k.instance AND s.kind = ?
 JOIN snapshots n ON n.instance = k.instance AND n.epoch = ?
 LEFT JOIN snapshot_uses u ON u.instance = n.instance AND u.version >= n.version
-WHERE k.instance = ? AND u.instance IS NULL
+WHERE k.instance = ?
 """
 _ALL: Final = """
-SELECT n.instance, n.epoch, n.attached FROM snapshots n
-LEFT JOIN snapshot_uses u ON u.instance = n.instance AND u.version >= n.version WHERE u.instance IS NULL
+SELECT n.instance, n.epoch, n.attached, u.instance FROM snapshots n
+LEFT JOIN snapshot_uses u ON u.instance = n.instance AND u.version >= n.version
 """
 
 
@@ -62,7 +62,7 @@ class SnapshotCommit:
 
 @dataclass(frozen=True, slots=True)
 class SnapshotUse:
-    """A worker goes on from that snapshot; `token`, 16 bytes, is its own."""
+    """A worker goes on from that snapshot, under `token` of 16 bytes."""
 
     instance: uuid.UUID
     epoch: int
@@ -72,11 +72,20 @@ class SnapshotUse:
 
 @dataclass(frozen=True, slots=True)
 class Hibernated:
-    """What an instance goes on from."""
+    """What an instance goes on from; `used_by` is the token under which it is used up, or empty."""
 
     wrapped_key: WrappedKey
     state: SealedState
     snapshot: SealedState
+    used_by: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotRow:
+    """What is known of a snapshot: whether a VM was attached when it was taken, and whether it is used up."""
+
+    attached: bool
+    used: bool
 
 
 def take(connection: sqlite3.Connection, item: SnapshotCommit) -> str:
@@ -125,18 +134,22 @@ class SnapshotReader:
         if row is None:
             raise NotFoundError(
                 "SNAPSHOT_MISSING",
-                "the snapshot is used up: the worker that went on from it has ended",
+                "there is no snapshot to go on from",
                 subject=str(instance),
             )
-        provider, key_id, key, state_epoch, state_version, state, version, snapshot = row
+        provider, key_id, key, state_epoch, state_version, state, version, snapshot, used_by = row
         return Hibernated(
             WrappedKey(provider, key_id, key),
             SealedState(state_epoch, state_version, state),
             SealedState(epoch, version, snapshot),
+            used_by or b"",
         )
 
-    def all(self) -> Mapping[tuple[uuid.UUID, int], bool]:
-        """Return (instance, epoch) of every snapshot that is not used up, with whether a VM was attached."""
+    def all(self) -> Mapping[tuple[uuid.UUID, int], SnapshotRow]:
+        """Return every snapshot, by instance and epoch."""
         with self._lock, errors(self._url):
             rows = self._open().execute(_ALL).fetchall()
-        return {(uuid.UUID(instance), epoch): bool(attached) for instance, epoch, attached in rows}
+        return {
+            (uuid.UUID(instance), epoch): SnapshotRow(bool(attached), used is not None)
+            for instance, epoch, attached, used in rows
+        }

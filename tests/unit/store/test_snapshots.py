@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.unit.store.given import a_new_instance, created_on
 from vtpm.errors import NotFoundError
 from vtpm.store.model import InstanceRecord
-from vtpm.store.snapshots import SnapshotCommit, SnapshotUse
+from vtpm.store.snapshots import SnapshotCommit, SnapshotRow, SnapshotUse
 from vtpm.store.store import Store
 
 
@@ -35,11 +35,11 @@ def test_what_was_taken_is_there_until_it_is_used(store: Store, owned: InstanceR
     assert store.commit([taken(owned)]) == [""]
     found = store.snapshots.load(owned.id, owned.epoch)
     assert (found.snapshot.version, found.snapshot.blob, found.state.version) == (1, b"snapshot 1", 1)
-    assert store.snapshots.all() == {(owned.id, owned.epoch): False}
+    assert found.used_by == b""
+    assert store.snapshots.all() == {(owned.id, owned.epoch): SnapshotRow(attached=False, used=False)}
     assert store.commit([used(owned, b"t" * 16)]) == [""]
-    assert store.snapshots.all() == {}
-    with pytest.raises(NotFoundError):
-        store.snapshots.load(owned.id, owned.epoch)
+    assert store.snapshots.all() == {(owned.id, owned.epoch): SnapshotRow(attached=False, used=True)}
+    assert store.snapshots.load(owned.id, owned.epoch).used_by == b"t" * 16
 
 
 def test_who_used_it_may_ask_again_and_nobody_else(store: Store, owned: InstanceRecord) -> None:
@@ -54,9 +54,9 @@ def test_one_that_was_used_is_not_brought_back_by_who_took_it(store: Store, owne
     assert store.commit([taken(owned)]) == [""]
     store.commit([used(owned, b"a" * 16)])
     store.commit([taken(owned)])
-    with pytest.raises(NotFoundError):
-        store.snapshots.load(owned.id, owned.epoch)
+    assert store.snapshots.load(owned.id, owned.epoch).used_by == b"a" * 16
     assert store.commit([taken(owned, 2)]) == [""]
+    assert store.snapshots.load(owned.id, owned.epoch).used_by == b""
     assert store.commit([used(owned, b"b" * 16, 1)]) == ["SNAPSHOT_USED"]
     assert store.commit([used(owned, b"b" * 16, 2)]) == [""]
 

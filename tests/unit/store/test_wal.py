@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import sqlite3
 from pathlib import Path
@@ -28,7 +27,7 @@ def connection(path: str) -> sqlite3.Connection:
 
 
 def log_size(path: str) -> int:
-    return os.path.getsize(f"{path}-wal")
+    return Path(f"{path}-wal").stat().st_size
 
 
 def test_the_log_does_not_grow_from_there_on(connection: sqlite3.Connection, path: str) -> None:

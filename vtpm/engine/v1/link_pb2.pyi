@@ -1430,6 +1430,7 @@ class Load(_message.Message):
     IDLE_TIMEOUT_MS_FIELD_NUMBER: _builtins.int
     SNAPSHOT_FIELD_NUMBER: _builtins.int
     SNAPSHOT_VERSION_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_TOKEN_FIELD_NUMBER: _builtins.int
     COMMAND_RATE_FIELD_NUMBER: _builtins.int
     COMMAND_BURST_FIELD_NUMBER: _builtins.int
     MAX_CONNECTIONS_FIELD_NUMBER: _builtins.int
@@ -1448,6 +1449,10 @@ class Load(_message.Message):
     snapshot: _builtins.bytes
     """The sealed Snapshot to go on from, and its version; none: a power on."""
     snapshot_version: _builtins.int
+    snapshot_token: _builtins.bytes
+    """16 bytes under which the daemon has the store forget the snapshot, while the worker takes it up. The answer comes on the commit
+    socket; a worker that loses its daemon asks the next one itself.
+    """
     command_rate: _builtins.float
     """Commands a second on the data connections, and how many may come at once after a pause; 0: no bound."""
     command_burst: _builtins.int
@@ -1471,13 +1476,14 @@ class Load(_message.Message):
         idle_timeout_ms: _builtins.int = ...,
         snapshot: _builtins.bytes = ...,
         snapshot_version: _builtins.int = ...,
+        snapshot_token: _builtins.bytes = ...,
         command_rate: _builtins.float = ...,
         command_burst: _builtins.int = ...,
         max_connections: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["place", b"place"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ak_algorithm", b"ak_algorithm", "command_burst", b"command_burst", "command_rate", b"command_rate", "commit_timeout_ms", b"commit_timeout_ms", "data_key", b"data_key", "epoch", b"epoch", "idle_timeout_ms", b"idle_timeout_ms", "max_connections", b"max_connections", "place", b"place", "sealed", b"sealed", "snapshot", b"snapshot", "snapshot_version", b"snapshot_version", "startup_clear", b"startup_clear", "without_init", b"without_init"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ak_algorithm", b"ak_algorithm", "command_burst", b"command_burst", "command_rate", b"command_rate", "commit_timeout_ms", b"commit_timeout_ms", "data_key", b"data_key", "epoch", b"epoch", "idle_timeout_ms", b"idle_timeout_ms", "max_connections", b"max_connections", "place", b"place", "sealed", b"sealed", "snapshot", b"snapshot", "snapshot_token", b"snapshot_token", "snapshot_version", b"snapshot_version", "startup_clear", b"startup_clear", "without_init", b"without_init"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
