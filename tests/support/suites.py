@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -112,11 +113,17 @@ class Suite:
 
     def _begin(self, key: str, text: str) -> None:
         ports = [re.search(rf"--{option} \S*?port=(\d+)", text) for option in ("server", "ctrl")]
+        listeners: list[socket.socket] = []
+        try:
+            listeners += [_listen(int(port[1])) for port in ports if port is not None]
+        except OSError:
+            # As swtpm: it ends where a port is taken, and the suite tries others.
+            os.kill(int(key), signal.SIGTERM)
+            return
         name = f"suite-{uuid.uuid4().hex[:12]}"
         self._daemon.create(name)
         # Its owner sends TPM2_Startup.
         instance = self._daemon.power_on(name, pb.STARTUP_NONE)
-        listeners = [_listen(int(port[1])) for port in ports if port is not None]
         self._served[key] = Interrupter(self._daemon, instance, listeners), name
 
     def _end(self, key: str) -> None:
