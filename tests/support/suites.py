@@ -121,7 +121,9 @@ class Suite:
             os.kill(int(key), signal.SIGTERM)
             return
         name = f"suite-{uuid.uuid4().hex[:12]}"
-        self._daemon.create(name)
+        # The banks that swtpm has.
+        banks = [pb.SHA1, pb.SHA256, pb.SHA384, pb.SHA512]
+        self._daemon.create(name, profile=pb.Profile(ek_algorithms=[pb.ECC_P256], pcr_banks=banks))
         # Its owner sends TPM2_Startup.
         instance = self._daemon.power_on(name, pb.STARTUP_NONE)
         self._served[key] = Interrupter(self._daemon, instance, listeners), name

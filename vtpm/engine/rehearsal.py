@@ -23,7 +23,7 @@ from vtpm.engine.framing import FrameReader, frame
 from vtpm.engine.v1 import link_pb2 as pb
 from vtpm.engine.worker import Worker
 from vtpm.tpm.codes import CommandCode
-from vtpm.tpm.command import build
+from vtpm.tpm.command import HEADER, build
 from vtpm.tpm.layouts import RENEWED
 from vtpm.tpm.pcr import PcrBank, PcrSelection, marshal_selections
 
@@ -37,6 +37,13 @@ _TURNS: Final = 16
 _INDEX: Final = 0x01800000
 # CMD_STOP, CMD_SET_BUFFERSIZE, CMD_INIT.
 _RESET: Final = (bytes.fromhex("0000000e"), bytes.fromhex("0000001100000000"), bytes.fromhex("0000000200000000"))
+# MAX_LOADED_OBJECTS of libtpms, and TRANSIENT_FIRST.
+_OBJECT_SLOTS: Final = 3
+_TRANSIENT_FIRST: Final = 0x80000000
+# TPM2_LoadExternal of a public RSA key that has neither auth nor scheme, under no hierarchy: no sensitive part; a TPMT_PUBLIC
+# with nameAlg SHA-256, userWithAuth and decrypt, no policy, symmetric and scheme TPM_ALG_NULL, and 2048 bits; TPM_RH_NULL.
+_PLAIN_PUBLIC: Final = struct.pack(">HHIHHHHIH256s", 1, 0x000B, 0x00020040, 0, 0x0010, 0x0010, 2048, 0, 256, b"\xff" * 256)
+_PLAIN_KEY: Final = struct.pack(">HH", 0, len(_PLAIN_PUBLIC)) + _PLAIN_PUBLIC + struct.pack(">I", 0x40000007)
 
 
 def rehearse(tpm: SoftwareTpm, operations: Operations) -> ThawRehearsal:
@@ -122,6 +129,8 @@ class ThawRehearsal:
             load = pb.Load(startup_clear=True)
             load.MergeFrom(self._load)
             stage.ask(pb.WorkerRequest(load=load))
+            # Last of all, as what is in libtpms' memory now is what a worker begins with.
+            stage.clear_object_slots()
             commits = stage.hibernate()
         self._snapshot = commits[-1].sealed
         self._load.sealed, self._load.place.version, self._load.place.epoch = commits[-2].sealed, commits[-2].version, 1
@@ -176,7 +185,21 @@ class _Stage:
         """Have a command run on a connection that waited."""
         self._data.sendall(command)
         self._worker.rehearse_turn()
-        self._data.recv(4096)
+        response = self._data.recv(4096)
+        code = HEADER.unpack_from(response)[2]
+        if code:
+            raise RuntimeError(f"rehearsal: a command was answered with {code:#x}")
+
+    def clear_object_slots(self) -> None:
+        """Leave every slot for a loaded object with zeros where a scheme's details would be.
+
+        libtpms does not write the details that a scheme has not got (RSAES) when it takes up a volatile state, but compares
+        them with those of a command: what another object left there would make it refuse the command.
+        """
+        for _ in range(_OBJECT_SLOTS):
+            self.command(build(CommandCode.LoadExternal, _PLAIN_KEY))
+        for slot in range(_OBJECT_SLOTS):
+            self.command(build(CommandCode.FlushContext, struct.pack(">I", _TRANSIENT_FIRST + slot)))
 
     def hibernate(self) -> list[pb.Commit]:
         """Have the worker hibernate; return what it committed, the snapshot last."""
