@@ -240,20 +240,21 @@ class EngineHost:
         child.link.close()
         status = os.waitstatus_to_exitcode(wait_status)
         exited = pb.WorkerExited(instance=child.instance, epoch=child.epoch, pid=child.pid, status=status)
-        if status == EXIT_HIBERNATED and child.left is not None:
-            self._moves.parking.add(*child.left)
-            exited.parked.CopyFrom(child.left[0])
-        elif child.moving is not None:
+        parked = child.left if status == EXIT_HIBERNATED else None
+        if parked is None and child.moving is not None:
             # It died before it went on from the snapshot, so that another can.
-            child.moving[0].woken = True
-            self._moves.parking.add(*child.moving)
-            exited.parked.CopyFrom(child.moving[0])
+            parked = child.moving
+            parked[0].woken = True
+        if parked is not None:
+            self._moves.parking.add(*parked)
+            exited.parked.CopyFrom(parked[0])
         if self.children.get(child.instance) is not child:
             # A spare: nobody knows of it.
             return
         del self.children[child.instance]
         if self._daemon is not None:
-            self.send(pb.HostReply(exited=exited))
+            # With copies of the descriptors, which outlive this process.
+            self.send(pb.HostReply(exited=exited), parked[1] if parked else None)
         elif not exited.HasField("parked"):
             self._untold.append(exited)
 

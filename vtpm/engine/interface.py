@@ -18,6 +18,8 @@ from vtpm.tpm.ptm import ControlCommand
 
 # Makes state commits durable together; one answer each, empty or the reason of the refusal (vtpm.store.Store.commit).
 CommitFunction = Callable[[Sequence[AnyCommit]], Sequence[str]]
+# An instance, an epoch, and the version of a snapshot that was taken under it.
+Claim = tuple[uuid.UUID, int, int]
 
 
 @dataclass(frozen=True, slots=True)

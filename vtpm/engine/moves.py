@@ -53,6 +53,7 @@ class Moves:
         self.requests: dict[str, Handler] = {
             "thaw": self._thaw,
             "adopt": self._adopt,
+            "copy": self._copy,
             "forget": self._forget,
             "hand_over": self._hand_over,
             "stock": self._stock,
@@ -144,6 +145,19 @@ class Moves:
         # They are the parking's now.
         fds.clear()
         return []
+
+    def _copy(self, request: pb.HostRequest, _fds: list[int], reply: pb.HostReply) -> list[int]:
+        copies: list[int] = []
+        reply.copied.SetInParent()
+        for instance in request.copy.instances:
+            found = self.parking.look(instance)
+            if found is not None:
+                about, fds = found
+                if len(copies) + len(fds) > descriptors.MOST_DESCRIPTORS:
+                    break
+                reply.copied.parked.append(about)
+                copies += fds
+        return copies
 
     def _forget(self, request: pb.HostRequest, _fds: list[int], _reply: pb.HostReply) -> list[int]:
         self.parking.forget(request.forget.instance)

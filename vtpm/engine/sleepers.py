@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import functools
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Final, Protocol
 
 from vtpm.crashpoints import crash_point
+from vtpm.engine.belt import Belt
 from vtpm.engine.committer import Committer
 from vtpm.engine.interface import EngineEvents, Listeners, Parked, Thaw
 from vtpm.engine.limits import InstanceLimits
 from vtpm.engine.link import HostLink, WorkerLink
 from vtpm.engine.pairs import SocketPairs
+from vtpm.engine.rescue import Judge, Rescue, to_parked
 from vtpm.engine.software import LIBTPMS
 from vtpm.engine.stock import Stock
 from vtpm.engine.v1 import link_pb2 as pb
@@ -35,6 +37,9 @@ class Fleet(Protocol):
     async def ask_host(self, request: pb.HostRequest, fds: Sequence[int] = ()) -> pb.HostReply:
         """Ask the engine host something that has one reply."""
 
+    async def ask_host_for_descriptors(self, request: pb.HostRequest) -> tuple[pb.HostReply, list[int]]:
+        """Ask it something whose one reply brings descriptors, which are the caller's then."""
+
     def take_on(self, link: WorkerLink, key: tuple[str, int], events: EngineEvents) -> None:
         """Hold a worker of an instance; `events` hears of it."""
 
@@ -42,12 +47,24 @@ class Fleet(Protocol):
 class Sleepers:
     """Hibernated instances, whose descriptors are with the engine host. Used from the event loop only."""
 
-    def __init__(self, fleet: Fleet, committer: Committer, *, commit_timeout_s: float, limits: InstanceLimits) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        committer: Committer,
+        *,
+        commit_timeout_s: float,
+        limits: InstanceLimits,
+        belt: Belt,
+        good: Judge,
+        stored: Sequence[tuple[str, int]],
+    ) -> None:
         self._fleet = fleet
         self._committer = committer
         self._commit_timeout_s = commit_timeout_s
         self._limits = limits
         self._parked: dict[tuple[str, int], EngineEvents] = {}
+        self.belt = belt
+        self._rescue = Rescue(fleet, belt, self._parked, good, stored)
         # What the engine host had when this daemon came, and nobody has claimed yet.
         self.found: list[pb.ParkedInstance] = []
         # Who hears of instances that nobody has claimed yet.
@@ -56,13 +73,19 @@ class Sleepers:
         # Stocked workers, by process id, that the engine host has given an instance that woke.
         self._given: dict[tuple[str, int], int] = {}
         self._dead: set[int] = set()
+        # How many engine hosts have died.
+        self._losses = 0
 
-    def claim(self, engine: str, events: EngineEvents) -> list[Parked]:
-        """Return what was found of `engine`; `events` hears of it from now on."""
+    async def claim(self, engine: str, events: EngineEvents, running: Collection[str]) -> list[Parked]:
+        """Return what was found of `engine`; `events` hears of it from now on. `running` are the instances with a worker."""
         mine = [item for item in self.found if (item.engine or LIBTPMS) == engine]
         for item in mine:
             self._parked[item.instance, item.epoch] = events
-        return [_to_parked(item) for item in mine]
+        found = [to_parked(item) for item in mine]
+        if engine == LIBTPMS:
+            found += await self._rescue.take_stored(events, mine, running)
+        self._rescue.fetch(mine)
+        return found
 
     # ---- what the engine host tells --------------------------------------------------------------------------------------
 
@@ -78,7 +101,7 @@ class Sleepers:
     def asleep(self, about: pb.ParkedInstance, events: EngineEvents) -> None:
         """A worker has hibernated, or died before it went on from a snapshot."""
         self._parked[about.instance, about.epoch] = events
-        events.hibernated(_to_parked(about))
+        events.hibernated(to_parked(about))
 
     def took(self, exited: pb.WorkerExited) -> bool:
         """Note the end of a worker that nobody here holds; False if it has nothing to do with a hibernated instance."""
@@ -93,14 +116,19 @@ class Sleepers:
             return False
         return True
 
-    def host_lost(self) -> None:
-        """The engine host is gone."""
+    def host_lost(self, thawing: Mapping[tuple[str, int], EngineEvents]) -> None:
+        """The engine host is gone, and with it the workers of `thawing`, which may have gone on from their snapshots or not."""
+        self._losses += 1
         self.found.clear()
         self.stock.clear()
         self._given.clear()
-        parked, self._parked = self._parked, {}
-        for (instance, epoch), events in parked.items():
-            events.parking_lost(uuid.UUID(instance), epoch)
+        self._rescue.host_lost(thawing)
+
+    def close(self) -> None:
+        """Let go of everything."""
+        self._rescue.close()
+        self.stock.clear()
+        self.belt.close()
 
     # ---- thaw ------------------------------------------------------------------------------------------------------------
 
@@ -122,6 +150,7 @@ class Sleepers:
             # A daemon before this one gave it to a worker, and ended before the worker had its state.
             link = self._fleet.links[key][0]
             await link.request(pb.WorkerRequest(load=load))
+            self.belt.used(key, order.snapshot.version)
             return link
         crash_point("thaw.before_hand_over")
         link = await self._hand_over(order, key, events)
@@ -132,21 +161,25 @@ class Sleepers:
         except BaseException:
             await link.stop()
             raise
+        self.belt.used(key, order.snapshot.version)
         return link
 
     async def _hand_over(self, order: Thaw, key: tuple[str, int], events: EngineEvents) -> WorkerLink:
         """Have a parked instance given to a worker, if the engine host has not done so when it woke."""
         for _ in range(_HAND_OVERS):
+            await self._rescue.over()
             pid = self._given.pop(key, 0)
             try:
                 if pid:
-                    ready = await self.stock.given(pid, functools.partial(self._dead.__contains__, pid))
+                    ready = await self.stock.given(pid, functools.partial(self._is_gone, pid, self._losses))
                     link = None if ready is None else self.stock.bind(ready, order.instance, order.epoch)
                 else:
                     pid, link = await self._fetched(order)
             except EngineError as error:
-                # That worker is gone, or the instance woke meanwhile and was given to another one.
-                if error.reason != "ENGINE_HOST_REFUSED" or key not in self._parked:
+                # That worker is gone, or the instance woke meanwhile and was given to another one; or the engine host died, and
+                # the next one has the instance.
+                await self._rescue.over()
+                if error.reason not in ("ENGINE_HOST_REFUSED", "ENGINE_HOST_LOST") or key not in self._parked:
                     raise
                 await asyncio.sleep(_HAND_OVER_RETRY_S)
                 continue
@@ -161,6 +194,9 @@ class Sleepers:
         raise EngineError(
             "WORKERS_DIE", "workers end before they have the instance", subject=key[0], remedy="see engine-host.log"
         )
+
+    def _is_gone(self, pid: int, losses: int) -> bool:
+        return pid in self._dead or losses != self._losses
 
     async def _fetched(self, order: Thaw) -> tuple[int, WorkerLink]:
         """Give a parked instance to a stocked worker, or to another one; return its process id and the line to it."""
@@ -189,11 +225,9 @@ class Sleepers:
 
     async def forget(self, instance: uuid.UUID) -> None:
         """See Engine."""
+        await self._rescue.over()
+        self.belt.forget(str(instance))
         for key in [key for key in self._parked if key[0] == str(instance)]:
             del self._parked[key]
         host = await self._fleet.live_host()
         await host.request(pb.HostRequest(forget=pb.Forget(instance=str(instance))))
-
-
-def _to_parked(item: pb.ParkedInstance) -> Parked:
-    return Parked(uuid.UUID(item.instance), item.epoch, attached=pb.VM_CONTROL in item.roles, woken=item.woken)

@@ -14,6 +14,7 @@ from typing import Final
 import structlog
 
 from vtpm.engine import descriptors
+from vtpm.engine.belt import Belt
 from vtpm.engine.committer import Committer
 from vtpm.engine.exits import (
     EXIT_COMMIT_REFUSED,
@@ -36,6 +37,7 @@ from vtpm.engine.limits import InstanceLimits
 from vtpm.engine.link import HostLink, WorkerLink
 from vtpm.engine.pairs import SocketPairs
 from vtpm.engine.replacement import FIRST_REPLACEABLE, empty
+from vtpm.engine.rescue import Judge, host_loss
 from vtpm.engine.sleepers import Sleepers
 from vtpm.engine.software import LIBTPMS
 from vtpm.engine.v1 import link_pb2 as pb
@@ -60,6 +62,9 @@ class Workers:
         commit_timeout_s: float,
         command_timeout_s: float,
         limits: InstanceLimits,
+        belt: Belt,
+        good: Judge,
+        stored: Sequence[tuple[str, int]] = (),
     ) -> None:
         self._socket_path = runtime_dir / "engine.sock"
         self._log_path = runtime_dir / "engine-host.log"
@@ -73,7 +78,9 @@ class Workers:
         self._found: list[pb.RunningWorker] = []
         self._ended: list[pb.WorkerExited] = []
         self.links: dict[tuple[str, int], tuple[WorkerLink, EngineEvents]] = {}
-        self.sleepers = Sleepers(self, committer, commit_timeout_s=commit_timeout_s, limits=limits)
+        self.sleepers = Sleepers(
+            self, committer, commit_timeout_s=commit_timeout_s, limits=limits, belt=belt, good=good, stored=stored
+        )
         self._stopping: set[tuple[str, int]] = set()
         self._exits: dict[tuple[str, int], asyncio.Future[int]] = {}
         self._engines: Sequence[str] = ()
@@ -99,7 +106,7 @@ class Workers:
                 adopted.append(await self._adopt(worker, events))
             except VtpmError as error:
                 log.error("engine.adopt_failed", instance=worker.instance, reason=error.reason)
-        parked = self.sleepers.claim(engine, events)
+        parked = await self.sleepers.claim(engine, events, {worker.instance for worker in self._found})
         powered_off = {(uuid.UUID(item.instance), item.epoch) for item in self._ended if item.status == EXIT_POWERED_OFF}
         return Recovered(adopted, frozenset(powered_off), parked)
 
@@ -163,6 +170,11 @@ class Workers:
         host = await self.live_host()
         return (await host.request(request, fds))[-1][0]
 
+    async def ask_host_for_descriptors(self, request: pb.HostRequest) -> tuple[pb.HostReply, list[int]]:
+        """Ask it something whose one reply brings descriptors, which are the caller's then."""
+        host = await self.live_host()
+        return (await host.request(request))[-1]
+
     async def live_host(self) -> HostLink:
         """Return the line to the engine host, which is started if there is none."""
         async with self._connecting:
@@ -181,16 +193,25 @@ class Workers:
                 waiter.set_result(-signal.SIGKILL)
         self._exits.clear()
         # Workers die with their host (PDEATHSIG), and their volatile state with them.
-        for instance, epoch in list(self.links):
-            self._report(instance, epoch, "ENGINE_HOST_LOST", "the engine host died; the TPM's volatile state is lost")
-        self.sleepers.host_lost()
+        thawing = {}
+        for key, (_, events) in list(self.links.items()):
+            if key in self.sleepers.belt:
+                self._forget(key)
+                thawing[key] = events
+            else:
+                self._end(*key, host_loss(key[0]))
+        self.sleepers.host_lost(thawing)
 
     def on_wake(self, wake: pb.Wake) -> None:
         """See HostEvents."""
         self.sleepers.on_wake(wake)
 
-    def on_exit(self, exited: pb.WorkerExited) -> None:
+    def on_exit(self, exited: pb.WorkerExited, fds: list[int]) -> None:
         """See HostEvents."""
+        if exited.HasField("parked"):
+            self.sleepers.belt.keep(exited.parked, fds)
+        else:
+            descriptors.close_all(fds)
         key = (exited.instance, exited.epoch)
         waiter = self._exits.pop(key, None)
         if waiter is not None and not waiter.done():
@@ -229,6 +250,7 @@ class Workers:
     def _end(self, instance: str, epoch: int, loss: Loss | None) -> None:
         _, events = self.links[instance, epoch]
         self._forget((instance, epoch))
+        self.sleepers.belt.drop((instance, epoch))
         events.ended(uuid.UUID(instance), epoch, loss)
 
     def _forget(self, key: tuple[str, int]) -> None:
@@ -339,6 +361,7 @@ class Workers:
     async def power_on(self, worker: pb.Spawn, order: PowerOn, events: EngineEvents) -> WorkerLink:
         """See Engine; `worker` says which engine."""
         key = worker.instance, worker.epoch = str(order.instance), order.epoch
+        self.sleepers.belt.forget(worker.instance)
         listeners = [order.listeners.data, order.listeners.control] if order.listeners else []
         link = await self._spawn(worker, order.instance, listeners)
         self.take_on(link, key, events)
@@ -387,7 +410,7 @@ class Workers:
         for link, _ in self.links.values():
             link.close()
         self.links.clear()
-        self.sleepers.stock.clear()
+        self.sleepers.close()
         if self._host is not None:
             self._host.close()
             self._host = None
