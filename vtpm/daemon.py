@@ -45,9 +45,10 @@ from vtpm.log import configure
 from vtpm.metrics import Metrics
 from vtpm.seal.keys import load_key_provider
 from vtpm.store.store import Store
+from vtpm.wire.fdstore import ServiceManagerStore
 from vtpm.wire.mssim import MssimServers
 from vtpm.wire.swtpm import ControlSockets
-from vtpm.wire.systemd import ActivatedListener, inherited_listener, notify
+from vtpm.wire.systemd import ActivatedListener, inherited, notify
 from vtpm.wire.vsock import Relay, VsockServer
 
 log: Final = structlog.get_logger("vtpm.daemon")
@@ -99,6 +100,10 @@ class Daemon:
             committer = Committer(store.commit, lambda report: _observe(metrics, report))
             stack.callback(committer.close)
             boot_id = _BOOT_ID.read_text().strip()
+            given = inherited(os.environ)
+            manager_store = ServiceManagerStore.open(os.environ, [name for name, _ in given.stored])
+            if manager_store is not None:
+                stack.callback(manager_store.close)
             workers = Workers(
                 settings.runtime_dir,
                 committer,
@@ -106,8 +111,9 @@ class Daemon:
                 commit_timeout_s=settings.commit_timeout_s,
                 command_timeout_s=settings.command_timeout_s,
                 limits=InstanceLimits(settings.command_rate, settings.command_burst, settings.max_connections),
-                belt=Belt(),
+                belt=Belt(manager_store),
                 good=Claims(store, boot_id).good,
+                stored=given.stored,
             )
             hidden = (settings.state_dir, settings.runtime_dir)
             engines = worker_engines(workers, tpm_server_path=settings.tpm_server_path, hidden=hidden)
@@ -152,7 +158,7 @@ class Daemon:
                 vsock = VsockServer(Relay(manager, settings.vsock_cids), settings.vsock_port)
                 vsock.start()
                 stack.push_async_callback(vsock.close)
-            listener = inherited_listener(os.environ)
+            listener = given.listener
             own_socket = settings.runtime_dir / "api.sock" if listener else None
             activations = Activations(lifecycle, creation.identity, timeout_s=settings.activation_timeout_s)
             api = ApiServer(
