@@ -80,6 +80,7 @@ class Rescue:
             task.add_done_callback(self._tasks.discard)
 
     async def _rehouse(self, thawing: dict[Key, EngineEvents], homeless: dict[Key, EngineEvents]) -> None:
+        housed = 0
         for key, events in thawing.items():
             copies = self._belt.get(key)
             if copies is None:
@@ -89,12 +90,13 @@ class Rescue:
                 events.ended(uuid.UUID(key[0]), key[1], host_loss(key[0]))
             elif await self._adopted(key, copies, events):
                 # Whoever was waking it may try again.
+                housed += 1
                 events.hibernated(to_parked(copies.about))
         for key, events in homeless.items():
             copies = self._belt.get(key)
-            if copies is not None:
-                await self._adopted(key, copies, events)
-        log.info("engine.rehoused", instances=len(homeless) + len(thawing))
+            if copies is not None and await self._adopted(key, copies, events):
+                housed += 1
+        log.info("engine.rehoused", instances=housed, of=len(homeless) + len(thawing))
 
     async def _may_go_on(self, about: pb.ParkedInstance) -> bool:
         try:
@@ -178,7 +180,7 @@ class Rescue:
 
     async def _fetch(self, wanted: Sequence[pb.ParkedInstance]) -> None:
         try:
-            for batch in _batches(wanted):
+            for batch in batches(wanted):
                 reply, fds = await self._fleet.ask_host_for_descriptors(pb.HostRequest(copy=pb.Copy(instances=batch)))
                 self._take(reply.copied.parked, fds)
         except EngineError as error:
@@ -197,7 +199,7 @@ class Rescue:
         descriptors.close_all(fds)
 
 
-def _batches(parked: Sequence[pb.ParkedInstance]) -> Iterator[list[str]]:
+def batches(parked: Sequence[pb.ParkedInstance]) -> Iterator[list[str]]:
     """Yield instances, as many as have their descriptors in one message."""
     batch: list[str] = []
     count = 0
