@@ -26,6 +26,7 @@ from vtpm.api.server import ApiServer
 from vtpm.certification import begin_upkeep, look_after_identities, open_desk
 from vtpm.config import Settings
 from vtpm.engine import sandbox
+from vtpm.engine.belt import Belt
 from vtpm.engine.committer import CommitReport, Committer
 from vtpm.engine.limits import InstanceLimits
 from vtpm.engine.stats import BUCKETS_NS
@@ -34,6 +35,7 @@ from vtpm.engine.workers import Workers
 from vtpm.errors import ConfigError, VtpmError
 from vtpm.instance.activation import Activations
 from vtpm.instance.anchors import open_freshness
+from vtpm.instance.claims import Claims
 from vtpm.instance.durability import Durability
 from vtpm.instance.lifecycle import Lifecycle
 from vtpm.instance.manager import InstanceManager
@@ -43,9 +45,10 @@ from vtpm.log import configure
 from vtpm.metrics import Metrics
 from vtpm.seal.keys import load_key_provider
 from vtpm.store.store import Store
+from vtpm.wire.fdstore import ServiceManagerStore
 from vtpm.wire.mssim import MssimServers
 from vtpm.wire.swtpm import ControlSockets
-from vtpm.wire.systemd import ActivatedListener, inherited_listener, notify
+from vtpm.wire.systemd import ActivatedListener, inherited, notify
 from vtpm.wire.vsock import Relay, VsockServer
 
 log: Final = structlog.get_logger("vtpm.daemon")
@@ -96,6 +99,11 @@ class Daemon:
             desk = await open_desk(settings, store, keys, stack)
             committer = Committer(store.commit, lambda report: _observe(metrics, report))
             stack.callback(committer.close)
+            boot_id = _BOOT_ID.read_text().strip()
+            given = inherited(os.environ)
+            manager_store = ServiceManagerStore.open(os.environ, [name for name, _ in given.stored])
+            if manager_store is not None:
+                stack.callback(manager_store.close)
             workers = Workers(
                 settings.runtime_dir,
                 committer,
@@ -103,6 +111,9 @@ class Daemon:
                 commit_timeout_s=settings.commit_timeout_s,
                 command_timeout_s=settings.command_timeout_s,
                 limits=InstanceLimits(settings.command_rate, settings.command_burst, settings.max_connections),
+                belt=Belt(manager_store),
+                good=Claims(store, boot_id).good,
+                stored=given.stored,
             )
             hidden = (settings.state_dir, settings.runtime_dir)
             engines = worker_engines(workers, tpm_server_path=settings.tpm_server_path, hidden=hidden)
@@ -112,7 +123,7 @@ class Daemon:
                 engines,
                 InstanceSockets(settings.runtime_dir),
                 ChangeHub(),
-                boot_id=_BOOT_ID.read_text().strip(),
+                boot_id=boot_id,
                 max_running=settings.max_running,
                 idle_timeout_s=settings.idle_timeout_s,
             )
@@ -147,7 +158,7 @@ class Daemon:
                 vsock = VsockServer(Relay(manager, settings.vsock_cids), settings.vsock_port)
                 vsock.start()
                 stack.push_async_callback(vsock.close)
-            listener = inherited_listener(os.environ)
+            listener = given.listener
             own_socket = settings.runtime_dir / "api.sock" if listener else None
             activations = Activations(lifecycle, creation.identity, timeout_s=settings.activation_timeout_s)
             api = ApiServer(

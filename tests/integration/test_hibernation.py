@@ -258,31 +258,6 @@ def test_a_daemon_that_dies_finds_what_hibernates_and_what_has_come(own_daemon: 
         assert raw.succeed(sock, raw.pcr_read(16)) == before
 
 
-def test_the_engine_hosts_death_costs_a_hibernated_instance_its_connections_only(own_daemon: DaemonProcess) -> None:
-    daemon = own_daemon
-    sock = raw.connect(daemon.running("web-1").tpm_socket)
-    raw.succeed(sock, raw.pcr_extend(16, b"x" * 32))
-    before = raw.succeed(sock, raw.pcr_read(16))
-    daemon.running("web-2")
-    vm = vmm.Vmm(daemon.create("vm").control_socket)
-    vm.boot()
-    daemon.hibernate("web-1")
-    daemon.hibernate("vm")
-    os.kill(daemon.client.host.GetHost(pb.GetHostRequest()).engine_host_pid, signal.SIGKILL)
-    daemon.until("web-2", pb.FAILED)
-    assert daemon.until("vm", pb.FAILED).failure.reason == "ENGINE_HOST_LOST"
-    assert daemon.get("web-1").state == pb.ON
-    deadline = time.monotonic() + 10
-    while True:
-        try:
-            assert raw.succeed(raw.connect(daemon.get("web-1").tpm_socket), raw.pcr_read(16)) == before
-            break
-        except OSError:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-    daemon.vtpm("instance", "reset", "vm")
-
-
 def test_both_deaths_at_once_and_the_snapshot_is_still_there(own_daemon: DaemonProcess) -> None:
     daemon = own_daemon
     sock = raw.connect(daemon.running("web-1").tpm_socket)

@@ -66,7 +66,12 @@ class Child:
         else:
             park = pb.Park.FromString(message)
             about = pb.ParkedInstance(
-                instance=self.instance, epoch=self.epoch, engine=self.engine, roles=park.roles, zeros=park.zeros
+                instance=self.instance,
+                epoch=self.epoch,
+                engine=self.engine,
+                roles=park.roles,
+                zeros=park.zeros,
+                snapshot_version=park.snapshot_version,
             )
             self.left = about, fds
         return True

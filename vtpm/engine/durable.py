@@ -100,6 +100,11 @@ class DurableState:
         return unseal(self._data_key, place, order.snapshot)
 
     @property
+    def snapshot_version(self) -> int:
+        """The version of the snapshot that was taken last, or that this worker goes on from; 0: none."""
+        return self._snapshot_version
+
+    @property
     def ready(self) -> bool:
         """Whether there is a state that commits can be made of."""
         return bool(self._data_key)

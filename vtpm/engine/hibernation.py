@@ -113,6 +113,7 @@ class Hibernation:
             self._since = time.monotonic()
             return False
         park, fds = self._loop.park()
+        park.snapshot_version = self._durable.snapshot_version
         # Should the engine host be gone, so is this worker at once.
         socket.send_fds(self._host, [park.SerializeToString()], fds)
         raise Exit(EXIT_HIBERNATED)

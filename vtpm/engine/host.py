@@ -22,8 +22,8 @@ from vtpm.engine import descriptors, sandbox
 from vtpm.engine.children import Child, Nursery
 from vtpm.engine.exits import EXIT_HIBERNATED
 from vtpm.engine.libtpms import Libtpms
+from vtpm.engine.moves import Moves
 from vtpm.engine.operations import Operations
-from vtpm.engine.parking import Parking
 from vtpm.engine.rehearsal import rehearse
 from vtpm.engine.software import ENGINES, LIBTPMS
 from vtpm.engine.v1 import link_pb2 as pb
@@ -50,10 +50,8 @@ class EngineHost:
         self._tpm = Libtpms()
         self._operations = Operations(self._tpm)
         self._nursery = Nursery(self._tpm, self._operations, memory_limit=memory_limit, spares=_SPARES)
-        self._children: dict[str, Child] = {}
-        self._parking = Parking(self._on_wake)
-        # Workers that have the daemon's sockets already and wait for an instance, by process id.
-        self._stocked: dict[int, Child] = {}
+        self.children: dict[str, Child] = {}
+        self._moves = Moves(self)
         # Ends that no daemon has been told of.
         self._untold: list[pb.WorkerExited] = []
         self._daemon: socket.socket | None = None
@@ -66,17 +64,12 @@ class EngineHost:
             "connect": self._connect,
             "kill": self._kill,
             "quit": self._quit,
-            "thaw": self._thaw,
-            "adopt": self._adopt,
-            "forget": self._forget,
             "hibernate_all": self._hibernate_all,
-            "hand_over": self._hand_over,
-            "stock": self._stock,
-            "dismiss": self._dismiss,
+            **self._moves.requests,
         }
         self._running = True
         self._watch(listener.fileno(), self._accept)
-        self._watch(self._parking.fileno(), self._parking.serve)
+        self._watch(self._moves.parking.fileno(), self._moves.parking.serve)
 
     def _watch(self, fd: int, handler: Callable[[], None]) -> None:
         self._handlers[fd] = handler
@@ -121,11 +114,11 @@ class EngineHost:
             self._unwatch(self._daemon.fileno())
             self._daemon.close()
             self._daemon = None
-        self._dismiss_all()
+        self._moves.dismiss_all()
         self._end_if_idle()
 
     def _end_if_idle(self) -> None:
-        if self._daemon is None and not self._children and not self._untold and not len(self._parking):
+        if self._daemon is None and not self.children and not self._untold and not len(self._moves.parking):
             # Nothing to keep alive and nothing to tell: the next daemon starts a fresh one.
             self._running = False
 
@@ -150,9 +143,15 @@ class EngineHost:
             for fd in fds:
                 with contextlib.suppress(OSError):
                     os.close(fd)
-        self._send(reply, out)
+        self.send(reply, out)
 
-    def _send(self, reply: pb.HostReply, fds: list[int] | None = None) -> None:
+    @property
+    def connected(self) -> bool:
+        """Whether there is a daemon."""
+        return self._daemon is not None
+
+    def send(self, reply: pb.HostReply, fds: list[int] | None = None) -> None:
+        """Tell the daemon, if there is one."""
         if self._daemon is None:
             return
         try:
@@ -169,7 +168,7 @@ class EngineHost:
         reply.hello.engines.extend(ENGINES)
         reply.hello.exited.extend(self._untold[:_WORKERS_A_MESSAGE])
         self._untold.clear()
-        children, parked = list(self._children.values()), list(self._parking.all())
+        children, parked = list(self.children.values()), list(self._moves.parking.all())
         total = max(len(children), len(parked), 1)
         for start in range(0, total, _WORKERS_A_MESSAGE):
             end = start + _WORKERS_A_MESSAGE
@@ -182,7 +181,7 @@ class EngineHost:
             reply.hello.parked.extend(parked[start:end])
             reply.hello.more = end < total
             if reply.hello.more:
-                self._send(reply)
+                self.send(reply)
         return []
 
     def _spawn(self, request: pb.HostRequest, fds: list[int], reply: pb.HostReply) -> list[int]:
@@ -190,20 +189,22 @@ class EngineHost:
         engine = order.engine or LIBTPMS
         if engine not in ENGINES:
             raise ValueError("no such engine")
-        if order.instance in self._children or order.instance in self._parking:
+        if order.instance in self.children or order.instance in self._moves.parking:
             raise ValueError("a worker of this instance is running")
         roles = [pb.OPERATIONS, pb.COMMITS, *([pb.DATA_LISTENER, pb.CONTROL_LISTENER] if order.listeners else [])]
         if len(fds) != len(roles):
             raise ValueError("wrong number of descriptors")
-        reply.pid = self._employ(order, roles, fds).pid
+        reply.pid = self.employ(order, roles, fds).pid
         return []
 
-    def _employ(self, order: pb.Spawn, roles: list[pb.Role.ValueType], fds: list[int], zeros: Sequence[int] = ()) -> Child:
+    def employ(
+        self, order: pb.Spawn, roles: Sequence[pb.Role.ValueType], fds: Sequence[int], zeros: Sequence[int] = ()
+    ) -> Child:
         """Give an instance to a worker."""
-        child = self._children[order.instance] = self._hire(order, roles, fds, zeros)
+        child = self.children[order.instance] = self.hire(order, roles, fds, zeros)
         return child
 
-    def _hire(self, order: pb.Spawn, roles: list[pb.Role.ValueType], fds: list[int], zeros: Sequence[int] = ()) -> Child:
+    def hire(self, order: pb.Spawn, roles: Sequence[pb.Role.ValueType], fds: Sequence[int], zeros: Sequence[int] = ()) -> Child:
         """Give descriptors to a worker that waits, or to a new one."""
         while True:
             child, fresh = self._nursery.take(order)
@@ -231,7 +232,7 @@ class EngineHost:
         os.close(child.pidfd)
         _, wait_status = os.waitpid(child.pid, 0)
         self._nursery.lost(child)
-        self._stocked.pop(child.pid, None)
+        self._moves.lost(child)
         while child.listen():
             pass
         self._unwatch(child.link.fileno())
@@ -239,129 +240,28 @@ class EngineHost:
         child.link.close()
         status = os.waitstatus_to_exitcode(wait_status)
         exited = pb.WorkerExited(instance=child.instance, epoch=child.epoch, pid=child.pid, status=status)
-        if status == EXIT_HIBERNATED and child.left is not None:
-            self._parking.add(*child.left)
-            exited.parked.CopyFrom(child.left[0])
-        elif child.moving is not None:
+        parked = child.left if status == EXIT_HIBERNATED else None
+        if parked is None and child.moving is not None:
             # It died before it went on from the snapshot, so that another can.
-            child.moving[0].woken = True
-            self._parking.add(*child.moving)
-            exited.parked.CopyFrom(child.moving[0])
-        if self._children.get(child.instance) is not child:
+            parked = child.moving
+            parked[0].woken = True
+        if parked is not None:
+            self._moves.parking.add(*parked)
+            exited.parked.CopyFrom(parked[0])
+        if self.children.get(child.instance) is not child:
             # A spare: nobody knows of it.
             return
-        del self._children[child.instance]
+        del self.children[child.instance]
         if self._daemon is not None:
-            self._send(pb.HostReply(exited=exited))
+            # With copies of the descriptors, which outlive this process.
+            self.send(pb.HostReply(exited=exited), parked[1] if parked else None)
         elif not exited.HasField("parked"):
             self._untold.append(exited)
 
-    # ---- hibernation -----------------------------------------------------------------------------------------------------
-
-    def _on_wake(self, about: pb.ParkedInstance) -> None:
-        # Without a daemon the next one finds it in the answer to its Hello.
-        if self._daemon is None:
-            return
-        wake = pb.Wake(instance=about.instance, epoch=about.epoch)
-        if self._stocked and about.engine == LIBTPMS:
-            # At once, while the daemon fetches the state.
-            pid = next(iter(self._stocked))
-            if self._give(about.instance, self._stocked.pop(pid)):
-                wake.pid = pid
-        self._send(pb.HostReply(wake=wake))
-
-    def _give(self, instance: str, child: Child) -> bool:
-        """Give a parked instance to a stocked worker; False if that is gone, and the instance stays."""
-        about, parked = self._parking.take(instance)
-        child.instance, child.epoch = about.instance, about.epoch
-        try:
-            child.take_over(about.roles, parked, about.zeros)
-        except OSError:
-            child.instance = ""
-            about.woken = True
-            self._parking.add(about, parked)
-            return False
-        self._children[instance] = child
-        child.moving = about, parked
-        return True
-
-    def _thaw(self, request: pb.HostRequest, fds: list[int], reply: pb.HostReply) -> list[int]:
-        order = request.thaw
-        if order.instance not in self._parking:
-            raise ValueError("the instance is not parked")
-        reply.pid = order.pid
-        if order.pid:
-            child = self._stocked.pop(order.pid, None)
-            if child is None or not self._give(order.instance, child):
-                raise ValueError("that worker is gone")
-            return []
-        if len(fds) != 2:
-            raise ValueError("wrong number of descriptors")
-        about, parked = self._parking.take(order.instance)
-        try:
-            spawn = pb.Spawn(instance=about.instance, epoch=about.epoch, engine=about.engine)
-            roles = [pb.OPERATIONS, pb.COMMITS, *about.roles]
-            zeros = [0, 0, *(about.zeros or [0] * len(parked))]
-            child = self._employ(spawn, roles, [*fds, *parked], zeros)
-        except BaseException:
-            about.woken = True
-            self._parking.add(about, parked)
-            raise
-        child.moving = about, parked
-        reply.pid = child.pid
-        return []
-
-    def _stock(self, _request: pb.HostRequest, fds: list[int], reply: pb.HostReply) -> list[int]:
-        if len(fds) != 2:
-            raise ValueError("wrong number of descriptors")
-        child = self._hire(pb.Spawn(engine=LIBTPMS), [pb.OPERATIONS, pb.COMMITS], fds)
-        self._stocked[child.pid] = child
-        reply.pid = child.pid
-        return []
-
-    def _dismiss(self, _request: pb.HostRequest, _fds: list[int], _reply: pb.HostReply) -> list[int]:
-        self._dismiss_all()
-        return []
-
-    def _dismiss_all(self) -> None:
-        for child in self._stocked.values():
-            # The end of its line is the end of the worker.
-            with contextlib.suppress(OSError):
-                child.link.shutdown(socket.SHUT_WR)
-        self._stocked.clear()
-
-    def _adopt(self, request: pb.HostRequest, fds: list[int], _reply: pb.HostReply) -> list[int]:
-        about = request.adopt.parked
-        if about.instance in self._children:
-            raise ValueError("a worker of this instance is running")
-        self._parking.add(about, list(fds))
-        # They are the parking's now.
-        fds.clear()
-        return []
-
-    def _forget(self, request: pb.HostRequest, _fds: list[int], _reply: pb.HostReply) -> list[int]:
-        self._parking.forget(request.forget.instance)
-        return []
-
-    def _hibernate_all(self, _request: pb.HostRequest, _fds: list[int], _reply: pb.HostReply) -> list[int]:
-        for child in self._children.values():
-            with contextlib.suppress(OSError):
-                child.link.send(HIBERNATE)
-        return []
-
-    def _hand_over(self, request: pb.HostRequest, _fds: list[int], reply: pb.HostReply) -> list[int]:
-        if self._children:
-            raise ValueError("workers are running")
-        for about, fds in self._parking.hand_over():
-            part = pb.HostReply(id=request.id, handed_over=pb.HandedOver(parked=[about], more=True))
-            self._send(part, fds)
-            descriptors.close_all(fds)
-        reply.handed_over.SetInParent()
-        self._running = False
-        return []
+    # ---- requests about one worker ---------------------------------------------------------------------------------------
 
     def _attach(self, request: pb.HostRequest, fds: list[int], reply: pb.HostReply) -> list[int]:
-        child = self._children[request.attach.instance]
+        child = self.children[request.attach.instance]
         if len(fds) != 2:
             raise ValueError("wrong number of descriptors")
         crashpoints.crash_point("host.before_attach")
@@ -371,23 +271,33 @@ class EngineHost:
         return []
 
     def _connect(self, request: pb.HostRequest, fds: list[int], reply: pb.HostReply) -> list[int]:
-        child = self._children[request.connect.instance]
+        child = self.children[request.connect.instance]
         if len(fds) != 1:
             raise ValueError("wrong number of descriptors")
         socket.send_fds(child.link, [CONNECT], fds)
         return []
 
+    def _hibernate_all(self, _request: pb.HostRequest, _fds: list[int], _reply: pb.HostReply) -> list[int]:
+        for child in self.children.values():
+            with contextlib.suppress(OSError):
+                child.link.send(HIBERNATE)
+        return []
+
     def _kill(self, request: pb.HostRequest, _fds: list[int], reply: pb.HostReply) -> list[int]:
-        child = self._children.get(request.kill.instance)
+        child = self.children.get(request.kill.instance)
         if child is not None:
             signal.pidfd_send_signal(child.pidfd, signal.SIGKILL)
         return []
 
     def _quit(self, request: pb.HostRequest, _fds: list[int], reply: pb.HostReply) -> list[int]:
-        if self._children:
+        if self.children:
             raise ValueError("workers are running")
-        self._running = False
+        self.end()
         return []
+
+    def end(self) -> None:
+        """End after what is being served."""
+        self._running = False
 
 
 def main(arguments: list[str]) -> int:

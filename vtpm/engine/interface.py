@@ -18,6 +18,8 @@ from vtpm.tpm.ptm import ControlCommand
 
 # Makes state commits durable together; one answer each, empty or the reason of the refusal (vtpm.store.Store.commit).
 CommitFunction = Callable[[Sequence[AnyCommit]], Sequence[str]]
+# An instance, an epoch, and the version of a snapshot that was taken under it.
+Claim = tuple[uuid.UUID, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +78,15 @@ class Thaw:
 class Parked:
     """A hibernated instance whose sockets and connections the engine keeps.
 
-    `attached`: a VM's control connection is among them; `woken`: something has come on them already.
+    `attached`: a VM's control connection is among them; `woken`: something has come on them already. `untouched`: no worker has gone
+    on from its snapshot, says the engine host; if that is gone too, nobody can say.
     """
 
     instance: uuid.UUID
     epoch: int
     attached: bool
     woken: bool = False
+    untouched: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,8 +34,8 @@ _REQUEST_TIMEOUT_S: Final = 20.0
 class HostEvents(Protocol):
     """Who hears from the engine host; called on the event loop."""
 
-    def on_exit(self, exited: pb.WorkerExited) -> None:
-        """A worker has ended."""
+    def on_exit(self, exited: pb.WorkerExited, fds: list[int]) -> None:
+        """A worker has ended; `fds`, which are the listener's now, are copies of what it left."""
 
     def on_wake(self, wake: pb.Wake) -> None:
         """Something has come for a parked instance."""
@@ -84,10 +84,11 @@ class HostLink:
             return
         reply = pb.HostReply.FromString(data)
         if reply.id not in self._pending:
-            descriptors.close_all(fds)
             if reply.HasField("exited"):
-                self._events.on_exit(reply.exited)
-            elif reply.HasField("wake"):
+                self._events.on_exit(reply.exited, fds)
+                return
+            descriptors.close_all(fds)
+            if reply.HasField("wake"):
                 self._events.on_wake(reply.wake)
             return
         future, parts = self._pending[reply.id]

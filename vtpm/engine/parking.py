@@ -67,6 +67,11 @@ class Parking:
                 # Closing is not enough, as others hold the same open file.
                 self._epoll.unregister(fd)
 
+    def look(self, instance: str) -> tuple[pb.ParkedInstance, list[int]] | None:
+        """Return an instance's descriptors, which stay here; None if it is not here."""
+        place = self._places.get(instance)
+        return None if place is None else (place.about, place.fds)
+
     def take(self, instance: str) -> tuple[pb.ParkedInstance, list[int]]:
         """Stop watching and give the descriptors away.
 

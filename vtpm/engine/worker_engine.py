@@ -101,24 +101,24 @@ class WorkerEngine:
     async def thaw(self, order: Thaw) -> WorkerLink:
         """See Engine."""
         assert self._events is not None
-        return await self._workers.thaw(order, self._events)
+        return await self._workers.sleepers.thaw(order, self._events)
 
     async def park(self, parked: Parked, listeners: Listeners) -> None:
         """See Engine."""
         assert self._events is not None
-        await self._workers.park(self._name, parked, listeners, self._events)
+        await self._workers.sleepers.park(self._name, parked, listeners, self._events)
 
     async def forget(self, instance: uuid.UUID) -> None:
         """See Engine."""
-        await self._workers.forget(instance)
+        await self._workers.sleepers.forget(instance)
 
     async def hold(self) -> None:
         """See Engine."""
-        await self._workers.hold()
+        await self._workers.sleepers.stock.dismiss()
 
     def release(self) -> None:
         """See Engine."""
-        self._workers.release()
+        self._workers.sleepers.stock.reopen()
 
     async def close(self) -> None:
         """See Engine."""

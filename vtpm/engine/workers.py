@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import signal
 import socket
@@ -14,8 +13,8 @@ from typing import Final
 
 import structlog
 
-from vtpm.crashpoints import crash_point
 from vtpm.engine import descriptors
+from vtpm.engine.belt import Belt
 from vtpm.engine.committer import Committer
 from vtpm.engine.exits import (
     EXIT_COMMIT_REFUSED,
@@ -29,19 +28,18 @@ from vtpm.engine.identity import Certify, ExtraKey, FreshTpm, key_records, nv_en
 from vtpm.engine.interface import (
     Adopted,
     EngineEvents,
-    Listeners,
     Loss,
     Manufactured,
-    Parked,
     PowerOn,
     Recovered,
-    Thaw,
 )
 from vtpm.engine.limits import InstanceLimits
 from vtpm.engine.link import HostLink, WorkerLink
+from vtpm.engine.pairs import SocketPairs
 from vtpm.engine.replacement import FIRST_REPLACEABLE, empty
+from vtpm.engine.rescue import Judge, host_loss
+from vtpm.engine.sleepers import Sleepers
 from vtpm.engine.software import LIBTPMS
-from vtpm.engine.stock import Stock
 from vtpm.engine.v1 import link_pb2 as pb
 from vtpm.errors import EngineError, ErrorKind, VtpmError
 from vtpm.store.model import ProfileRecord, SealedState
@@ -49,9 +47,6 @@ from vtpm.tpm.nv import NvEntry
 
 log: Final = structlog.get_logger("vtpm.engine")
 
-# How often a thaw tries to have its instance given to a worker, while workers die.
-_HAND_OVERS: Final = 50
-_HAND_OVER_RETRY_S: Final = 0.01
 _RESET: Final = "reset the instance together with its VM: vtpm instance reset {}"
 
 
@@ -67,6 +62,9 @@ class Workers:
         commit_timeout_s: float,
         command_timeout_s: float,
         limits: InstanceLimits,
+        belt: Belt,
+        good: Judge,
+        stored: Sequence[tuple[str, int]] = (),
     ) -> None:
         self._socket_path = runtime_dir / "engine.sock"
         self._log_path = runtime_dir / "engine-host.log"
@@ -79,16 +77,10 @@ class Workers:
         self._connecting = asyncio.Lock()
         self._found: list[pb.RunningWorker] = []
         self._ended: list[pb.WorkerExited] = []
-        self._links: dict[tuple[str, int], tuple[WorkerLink, EngineEvents]] = {}
-        # Hibernated instances, whose descriptors are with the engine host.
-        self._parked: dict[tuple[str, int], EngineEvents] = {}
-        self._found_parked: list[pb.ParkedInstance] = []
-        # Who hears of instances that nobody has claimed yet.
-        self._unclaimed: EngineEvents | None = None
-        self._stock = Stock(committer, self._ask_host)
-        # Stocked workers, by process id, that the engine host has given an instance that woke.
-        self._given: dict[tuple[str, int], int] = {}
-        self._dead: set[int] = set()
+        self.links: dict[tuple[str, int], tuple[WorkerLink, EngineEvents]] = {}
+        self.sleepers = Sleepers(
+            self, committer, commit_timeout_s=commit_timeout_s, limits=limits, belt=belt, good=good, stored=stored
+        )
         self._stopping: set[tuple[str, int]] = set()
         self._exits: dict[tuple[str, int], asyncio.Future[int]] = {}
         self._engines: Sequence[str] = ()
@@ -104,8 +96,8 @@ class Workers:
     async def recover(self, engine: str, events: EngineEvents) -> Recovered:
         """Take over the workers of `engine` that ran on without a daemon."""
         # Before anything of the engine host is heard: what runs on does not wait with its end until it is taken over.
-        self._unclaimed = events
-        await self._live_host()
+        self.sleepers.unclaimed = events
+        await self.live_host()
         adopted = []
         for worker in list(self._found):
             if (worker.engine or LIBTPMS) != engine or self._has_left(worker):
@@ -114,16 +106,14 @@ class Workers:
                 adopted.append(await self._adopt(worker, events))
             except VtpmError as error:
                 log.error("engine.adopt_failed", instance=worker.instance, reason=error.reason)
-        parked = [item for item in self._found_parked if (item.engine or LIBTPMS) == engine]
-        for item in parked:
-            self._parked[item.instance, item.epoch] = events
+        parked = await self.sleepers.claim(engine, events, {worker.instance for worker in self._found})
         powered_off = {(uuid.UUID(item.instance), item.epoch) for item in self._ended if item.status == EXIT_POWERED_OFF}
-        return Recovered(adopted, frozenset(powered_off), [_to_parked(item) for item in parked])
+        return Recovered(adopted, frozenset(powered_off), parked)
 
     def _has_left(self, worker: pb.RunningWorker) -> bool:
         """Whether a worker has ended since the engine host told of it."""
         key = worker.instance, worker.epoch
-        return any((item.instance, item.epoch) == key for items in (self._found_parked, self._ended) for item in items)
+        return any((item.instance, item.epoch) == key for items in (self.sleepers.found, self._ended) for item in items)
 
     async def _connect(self) -> None:
         replies = await self._greet()
@@ -140,10 +130,10 @@ class Workers:
             if "/" in worker.instance:
                 # It was making a TPM for a daemon that is gone: nobody has it, and nobody will ask for it.
                 await (await self._linked()).request(pb.HostRequest(kill=pb.Kill(instance=worker.instance)))
-        self._found_parked = [item for reply, _ in replies for item in reply.hello.parked]
+        self.sleepers.found = [item for reply, _ in replies for item in reply.hello.parked]
         self._ended = [exited for reply, _ in replies for exited in reply.hello.exited if "/" not in exited.instance]
-        log.info("engine.host_connected", pid=hello.pid, workers=len(self._found), hibernated=len(self._found_parked))
-        self._stock.fill()
+        log.info("engine.host_connected", pid=hello.pid, workers=len(self._found), hibernated=len(self.sleepers.found))
+        self.sleepers.stock.fill()
 
     async def _linked(self) -> HostLink:
         if self._host is None:
@@ -175,19 +165,18 @@ class Workers:
             finally:
                 descriptors.close_all(fds)
 
-    async def _ask_host(self, request: pb.HostRequest, fds: Sequence[int] = ()) -> pb.HostReply:
-        host = await self._live_host()
+    async def ask_host(self, request: pb.HostRequest, fds: Sequence[int] = ()) -> pb.HostReply:
+        """Ask the engine host something that has one reply."""
+        host = await self.live_host()
         return (await host.request(request, fds))[-1][0]
 
-    async def hold(self) -> None:
-        """Have nothing ready for instances that wake, until `release`."""
-        await self._stock.dismiss()
+    async def ask_host_for_descriptors(self, request: pb.HostRequest) -> tuple[pb.HostReply, list[int]]:
+        """Ask it something whose one reply brings descriptors, which are the caller's then."""
+        host = await self.live_host()
+        return (await host.request(request))[-1]
 
-    def release(self) -> None:
-        """Have workers ready again."""
-        self._stock.reopen()
-
-    async def _live_host(self) -> HostLink:
+    async def live_host(self) -> HostLink:
+        """Return the line to the engine host, which is started if there is none."""
         async with self._connecting:
             if self._host is None:
                 await self._connect()
@@ -199,45 +188,44 @@ class Workers:
         log.error("engine.host_lost", pid=self.host_pid)
         self._host = None
         self._found.clear()
-        self._found_parked.clear()
-        self._stock.clear()
-        self._given.clear()
         for waiter in self._exits.values():
             if not waiter.done():
                 waiter.set_result(-signal.SIGKILL)
         self._exits.clear()
         # Workers die with their host (PDEATHSIG), and their volatile state with them.
-        for instance, epoch in list(self._links):
-            self._report(instance, epoch, "ENGINE_HOST_LOST", "the engine host died; the TPM's volatile state is lost")
-        parked, self._parked = self._parked, {}
-        for (instance, epoch), events in parked.items():
-            events.parking_lost(uuid.UUID(instance), epoch)
+        thawing = {}
+        for key, (_, events) in list(self.links.items()):
+            if key in self.sleepers.belt:
+                self._forget(key)
+                thawing[key] = events
+            else:
+                self._end(*key, host_loss(key[0]))
+        self.sleepers.host_lost(thawing)
 
     def on_wake(self, wake: pb.Wake) -> None:
         """See HostEvents."""
-        key = wake.instance, wake.epoch
-        if wake.pid:
-            self._given[key] = wake.pid
-        events = self._parked.get(key, self._unclaimed)
-        if events is not None:
-            events.wanted(uuid.UUID(wake.instance), wake.epoch)
+        self.sleepers.on_wake(wake)
 
-    def on_exit(self, exited: pb.WorkerExited) -> None:
+    def on_exit(self, exited: pb.WorkerExited, fds: list[int]) -> None:
         """See HostEvents."""
+        if exited.HasField("parked"):
+            self.sleepers.belt.keep(exited.parked, fds)
+        else:
+            descriptors.close_all(fds)
         key = (exited.instance, exited.epoch)
         waiter = self._exits.pop(key, None)
         if waiter is not None and not waiter.done():
             waiter.set_result(exited.status)
-        if key not in self._links:
-            self._on_stranger_exit(key, exited)
+        if key not in self.links:
+            if not self.sleepers.took(exited) and "/" not in exited.instance:
+                self._ended.append(exited)
             return
         match exited.status:
             case _ if exited.HasField("parked"):
                 # Hibernated, or dead before it went on from a snapshot.
-                _, events = self._links[key]
+                _, events = self.links[key]
                 self._forget(key)
-                self._parked[key] = events
-                events.hibernated(_to_parked(exited.parked))
+                self.sleepers.asleep(exited.parked, events)
             case _ if key in self._stopping:
                 self._forget(key)
             case status if status == EXIT_POWERED_OFF:
@@ -256,28 +244,18 @@ class Workers:
                 how = f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
                 self._report(*key, "WORKER_LOST", f"the worker ended with {how}; the TPM's volatile state is lost")
 
-    def _on_stranger_exit(self, key: tuple[str, int], exited: pb.WorkerExited) -> None:
-        """Note the end of a worker that nobody here holds."""
-        if key in self._parked or self._given.get(key) == exited.pid:
-            # A stocked worker that died with the instance it was given, before anybody here asked it for anything.
-            self._dead.add(exited.pid)
-        elif exited.HasField("parked"):
-            # It ran on without a daemon, and hibernated before this one took it over.
-            self._found_parked.append(exited.parked)
-        elif "/" not in exited.instance:
-            self._ended.append(exited)
-
     def _report(self, instance: str, epoch: int, reason: str, message: str, remedy: str = "") -> None:
         self._end(instance, epoch, Loss(reason, message, remedy or _RESET.format(instance)))
 
     def _end(self, instance: str, epoch: int, loss: Loss | None) -> None:
-        _, events = self._links[instance, epoch]
+        _, events = self.links[instance, epoch]
         self._forget((instance, epoch))
+        self.sleepers.belt.drop((instance, epoch))
         events.ended(uuid.UUID(instance), epoch, loss)
 
     def _forget(self, key: tuple[str, int]) -> None:
         self._stopping.discard(key)
-        link, _ = self._links.pop(key)
+        link, _ = self.links.pop(key)
         link.close()
 
     # ---- workers ---------------------------------------------------------------------------------------------------------
@@ -285,34 +263,35 @@ class Workers:
     async def _adopt(self, worker: pb.RunningWorker, events: EngineEvents) -> Adopted:
         instance = uuid.UUID(worker.instance)
         key = worker.instance, worker.epoch
-        host = await self._live_host()
-        with _SocketPairs() as pairs:
+        host = await self.live_host()
+        with SocketPairs() as pairs:
             link = await WorkerLink.open(instance, pairs.operations)
             # Before it hears of this daemon: it may wait for one only to hibernate, and then it is gone at once.
-            self._hold(link, key, events)
+            self.take_on(link, key, events)
             try:
                 await host.request(pb.HostRequest(attach=pb.Attach(instance=worker.instance)), pairs.worker_ends)
             except VtpmError:
-                if key in self._links:
+                if key in self.links:
                     self._forget(key)
                     raise
                 # It has ended meanwhile, and `events` were told how.
             link.commits = self._committer.add(instance, worker.epoch, pairs.commits)
         return Adopted(instance, worker.epoch, link)
 
-    def _hold(self, link: WorkerLink, key: tuple[str, int], events: EngineEvents) -> None:
-        self._links[key] = (link, events)
+    def take_on(self, link: WorkerLink, key: tuple[str, int], events: EngineEvents) -> None:
+        """Hold a worker of an instance; `events` hears of it."""
+        self.links[key] = (link, events)
         link.stopper = functools.partial(self._stop_worker, link, key)
         link.attacher = functools.partial(self._attach_to, key[0])
         link.on_imported = functools.partial(events.imported, uuid.UUID(key[0]), key[1])
         link.on_identity_touched = functools.partial(events.identity_touched, uuid.UUID(key[0]), key[1])
 
     async def _attach_to(self, instance: str, connection: socket.socket) -> None:
-        host = await self._live_host()
+        host = await self.live_host()
         await host.request(pb.HostRequest(connect=pb.Connect(instance=instance)), [connection.fileno()])
 
     async def _spawn(self, order: pb.Spawn, instance: uuid.UUID, listeners: list[socket.socket]) -> WorkerLink:
-        host = await self._live_host()
+        host = await self.live_host()
         if order.engine not in self._engines:
             raise EngineError(
                 "ENGINE_UNAVAILABLE",
@@ -321,7 +300,7 @@ class Workers:
                 kind=ErrorKind.UNIMPLEMENTED,
             )
         order.listeners = bool(listeners)
-        with _SocketPairs() as pairs:
+        with SocketPairs() as pairs:
             fds = [*pairs.worker_ends, *(listener.fileno() for listener in listeners)]
             await host.request(pb.HostRequest(spawn=order), fds)
             self._committer.add(instance, order.epoch, pairs.commits)
@@ -382,9 +361,10 @@ class Workers:
     async def power_on(self, worker: pb.Spawn, order: PowerOn, events: EngineEvents) -> WorkerLink:
         """See Engine; `worker` says which engine."""
         key = worker.instance, worker.epoch = str(order.instance), order.epoch
+        self.sleepers.belt.forget(worker.instance)
         listeners = [order.listeners.data, order.listeners.control] if order.listeners else []
         link = await self._spawn(worker, order.instance, listeners)
-        self._hold(link, key, events)
+        self.take_on(link, key, events)
         load = pb.Load(
             data_key=order.data_key,
             place=pb.Place(instance=order.instance.bytes, epoch=order.state.epoch, version=order.state.version),
@@ -404,109 +384,9 @@ class Workers:
             raise
         return link
 
-    async def thaw(self, order: Thaw, events: EngineEvents) -> WorkerLink:
-        """See Engine."""
-        key = str(order.instance), order.epoch
-        load = pb.Load(
-            data_key=order.data_key,
-            place=pb.Place(instance=order.instance.bytes, epoch=order.state.epoch, version=order.state.version),
-            sealed=order.state.blob,
-            epoch=order.epoch,
-            commit_timeout_ms=int(self._commit_timeout_s * 1000),
-            idle_timeout_ms=int(order.idle_timeout_s * 1000),
-            snapshot=order.snapshot.blob,
-            snapshot_version=order.snapshot.version,
-            snapshot_token=order.token,
-        )
-        self._limits.put_into(load)
-        if key in self._links:
-            # A daemon before this one gave it to a worker, and ended before the worker had its state.
-            link = self._links[key][0]
-            await self._go_on(link, order, load)
-            return link
-        crash_point("thaw.before_hand_over")
-        link = await self._hand_over(order, key, events)
-        self._parked.pop(key, None)
-        crash_point("thaw.after_hand_over")
-        try:
-            await self._go_on(link, order, load)
-        except BaseException:
-            await link.stop()
-            raise
-        return link
-
-    async def _go_on(self, link: WorkerLink, order: Thaw, load: pb.Load) -> None:
-        """Have the store forget the snapshot while the worker takes it up: it waits for that before it runs a command."""
-        assert link.commits is not None
-        use = pb.Commit(epoch=order.epoch, version=order.snapshot.version, kind=pb.Commit.CONSUME, token=order.token)
-        self._committer.commit_for(link.commits, use)
-        await link.request(pb.WorkerRequest(load=load))
-
-    async def _hand_over(self, order: Thaw, key: tuple[str, int], events: EngineEvents) -> WorkerLink:
-        """Have a parked instance given to a worker, if the engine host has not done so when it woke."""
-        for _ in range(_HAND_OVERS):
-            pid = self._given.pop(key, 0)
-            try:
-                if pid:
-                    ready = await self._stock.given(pid, functools.partial(self._dead.__contains__, pid))
-                    link = None if ready is None else self._stock.bind(ready, order.instance, order.epoch)
-                else:
-                    pid, link = await self._fetched(order)
-            except EngineError as error:
-                # That worker is gone, or the instance woke meanwhile and was given to another one.
-                if error.reason != "ENGINE_HOST_REFUSED" or key not in self._parked:
-                    raise
-                await asyncio.sleep(_HAND_OVER_RETRY_S)
-                continue
-            if link is None or pid in self._dead:
-                # Its end came between the two of us; the engine host has the instance again.
-                self._dead.discard(pid)
-                if link is not None:
-                    link.close()
-                continue
-            self._hold(link, key, events)
-            return link
-        raise EngineError(
-            "WORKERS_DIE", "workers end before they have the instance", subject=key[0], remedy="see engine-host.log"
-        )
-
-    async def _fetched(self, order: Thaw) -> tuple[int, WorkerLink]:
-        """Give a parked instance to a stocked worker, or to another one; return its process id and the line to it."""
-        ready = self._stock.take()
-        if ready is not None:
-            try:
-                await self._ask_host(pb.HostRequest(thaw=pb.Thaw(instance=str(order.instance), pid=ready.pid)))
-            except EngineError:
-                self._stock.put_back(ready)
-                raise
-            return ready.pid, self._stock.bind(ready, order.instance, order.epoch)
-        with _SocketPairs() as pairs:
-            request = pb.HostRequest(thaw=pb.Thaw(instance=str(order.instance)))
-            pid = (await self._ask_host(request, pairs.worker_ends)).pid
-            channel = self._committer.add(order.instance, order.epoch, pairs.commits)
-            link = await WorkerLink.open(order.instance, pairs.operations)
-            link.commits = channel
-            return pid, link
-
-    async def park(self, engine: str, parked: Parked, listeners: Listeners, events: EngineEvents) -> None:
-        """See Engine."""
-        host = await self._live_host()
-        roles = [pb.DATA_LISTENER, pb.CONTROL_LISTENER]
-        about = pb.ParkedInstance(instance=str(parked.instance), epoch=parked.epoch, engine=engine, roles=roles)
-        fds = [listeners.data.fileno(), listeners.control.fileno()]
-        await host.request(pb.HostRequest(adopt=pb.Adopt(parked=about)), fds)
-        self._parked[about.instance, about.epoch] = events
-
-    async def forget(self, instance: uuid.UUID) -> None:
-        """See Engine."""
-        for key in [key for key in self._parked if key[0] == str(instance)]:
-            del self._parked[key]
-        host = await self._live_host()
-        await host.request(pb.HostRequest(forget=pb.Forget(instance=str(instance))))
-
     async def _stop_worker(self, link: WorkerLink, key: tuple[str, int]) -> None:
         """Stop a worker: ask it, then kill it; return when it is gone."""
-        if key not in self._links:
+        if key not in self.links:
             return
         self._stopping.add(key)
         exited = self._exits.setdefault(key, asyncio.get_running_loop().create_future())
@@ -514,7 +394,7 @@ class Workers:
             await asyncio.wait_for(link.ask_to_stop(), self._command_timeout_s)
         except TimeoutError:
             log.warning("engine.worker_killed", instance=key[0], epoch=key[1])
-            host = await self._live_host()
+            host = await self.live_host()
             await host.request(pb.HostRequest(kill=pb.Kill(instance=key[0])))
         try:
             status = await asyncio.wait_for(exited, self._command_timeout_s)
@@ -527,37 +407,10 @@ class Workers:
 
     async def close(self) -> None:
         """Let go of everything; once is enough for all engines."""
-        for link, _ in self._links.values():
+        for link, _ in self.links.values():
             link.close()
-        self._links.clear()
-        self._stock.clear()
+        self.links.clear()
+        self.sleepers.close()
         if self._host is not None:
             self._host.close()
             self._host = None
-
-
-def _to_parked(item: pb.ParkedInstance) -> Parked:
-    return Parked(uuid.UUID(item.instance), item.epoch, attached=pb.VM_CONTROL in item.roles, woken=item.woken)
-
-
-class _SocketPairs:
-    """Two socket pairs for one worker; what was not taken over is closed on exit."""
-
-    def __init__(self) -> None:
-        self.operations, self._operations_end = socket.socketpair()
-        self.commits, self._commits_end = socket.socketpair()
-
-    @property
-    def worker_ends(self) -> list[int]:
-        return [self._operations_end.fileno(), self._commits_end.fileno()]
-
-    def __enter__(self) -> _SocketPairs:
-        return self
-
-    def __exit__(self, kind: object, value: object, traceback: object) -> None:
-        self._operations_end.close()
-        self._commits_end.close()
-        if kind is not None:
-            with contextlib.suppress(OSError):
-                self.operations.close()
-                self.commits.close()

@@ -106,6 +106,7 @@ class Thaws:
         """See EngineEvents."""
         running = self._find(parked.instance, parked.epoch)
         if running is not None:
+            running.untouched = parked.untouched
             running.tpm.fell_asleep(attached=parked.attached)
             log.debug("instance.hibernated", instance=str(parked.instance), epoch=parked.epoch)
             for callback in self.on_hibernated:
@@ -173,7 +174,6 @@ class Thaws:
         record = running.record
         begun = time.monotonic()
         attempts = 0
-        # One for all attempts: the next worker may go on if the one before it died before it did.
         token = os.urandom(16)
         while True:
             try:
@@ -188,6 +188,9 @@ class Thaws:
                 if error.reason == "TPM_LOST" and await running.tpm.asleep_again():
                     # Its worker died before it went on from the snapshot, which is as good as before.
                     attempts += 1
+                    if not running.untouched:
+                        # Under the same token the next worker would get what this one may have gone on from.
+                        token = os.urandom(16)
                     if attempts < _ATTEMPTS:
                         continue
                     await self._give_up(running, error)

@@ -1,4 +1,4 @@
-"""What systemd gives a service, and hears from it: a listening socket (sd_listen_fds(3)) and messages (sd_notify(3)).
+"""What systemd gives a service, and hears from it: descriptors (sd_listen_fds(3)) and messages (sd_notify(3)).
 
 With the operators' socket held by systemd (vtpm.socket), a call that is made while the daemon restarts waits in the socket's
 backlog for the next daemon. gRPC can't listen on a descriptor, so what is accepted here is carried to the API's own socket; the
@@ -9,40 +9,68 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import socket
 from collections.abc import MutableMapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import structlog
 
+from vtpm.engine.copy_names import PREFIX
 from vtpm.errors import ConfigError
+from vtpm.wire.fdstore import notify_address
 from vtpm.wire.listening import accept_forever
 from vtpm.wire.relay import carry_both_ways
 
 log: Final = structlog.get_logger("vtpm.wire")
 
 _FIRST_FD: Final = 3
+# What the store gives back under other names than ours would be "stored".
+_STORED: Final = (PREFIX, "stored")
 _VARIABLES: Final = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
 _MAX_CONNECTIONS: Final = 1024
 
 
-def inherited_listener(environment: MutableMapping[str, str]) -> socket.socket | None:
-    """Return the listening socket that this process was started with, if it was; what says so is taken out of `environment`.
+@dataclass(slots=True)
+class Inherited:
+    """What this process was started with: the operators' socket, and named descriptors that came back from the store."""
+
+    listener: socket.socket | None = None
+    stored: list[tuple[str, int]] = field(default_factory=list)
+
+
+def inherited(environment: MutableMapping[str, str]) -> Inherited:
+    """Return what this process was started with; what says so is taken out of `environment`.
 
     Raises:
-        ConfigError: ACTIVATION_UNUSABLE, it is not one listening unix stream socket.
+        ConfigError: ACTIVATION_UNUSABLE, what is not from the store is not one listening unix stream socket.
     """
-    pid, count = environment.get("LISTEN_PID", ""), environment.get("LISTEN_FDS", "")
-    for variable in _VARIABLES:
-        environment.pop(variable, None)
-    if pid != str(os.getpid()) or count in ("", "0"):
-        return None
+    pid, count, names = (environment.pop(variable, "") for variable in _VARIABLES)
+    if pid != str(os.getpid()) or not count.isdecimal():
+        return Inherited()
+    found = Inherited()
+    activated = []
+    # A service manager that gives no names has no store.
+    named = itertools.chain(names.split(":"), itertools.repeat(""))
+    for fd, name in zip(range(_FIRST_FD, _FIRST_FD + int(count)), named, strict=False):
+        if name.startswith(_STORED):
+            os.set_inheritable(fd, False)
+            found.stored.append((name, fd))
+        else:
+            activated.append(fd)
+    if activated:
+        found.listener = _listener(activated)
+    return found
+
+
+def _listener(fds: list[int]) -> socket.socket:
     try:
-        if count != "1":
+        if len(fds) != 1:
             raise OSError
-        listener = socket.socket(fileno=_FIRST_FD)
+        listener = socket.socket(fileno=fds[0])
         if (
             listener.family != socket.AF_UNIX
             or listener.type != socket.SOCK_STREAM
@@ -53,7 +81,7 @@ def inherited_listener(environment: MutableMapping[str, str]) -> socket.socket |
     except OSError:
         raise ConfigError(
             "ACTIVATION_UNUSABLE",
-            f"LISTEN_FDS is {count[:20]}, and only one listening unix stream socket is taken",
+            f"{len(fds)} sockets were given, and only one listening unix stream socket is taken",
             subject="systemd socket activation",
             remedy="one ListenStream= in vtpm.socket, the path of operator.sock",
         ) from None
@@ -64,10 +92,9 @@ def inherited_listener(environment: MutableMapping[str, str]) -> socket.socket |
 
 def notify(message: str) -> None:
     """Tell the service manager, if there is one that listens; nothing depends on its being told."""
-    path = os.environ.get("NOTIFY_SOCKET", "")
-    if not path.startswith(("/", "@")):
+    address = notify_address(os.environ)
+    if address is None:
         return
-    address = "\0" + path[1:] if path.startswith("@") else path
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
         sock.sendto(message.encode(), address)
 

@@ -81,6 +81,7 @@ class HostRequest(_message.Message):
     HAND_OVER_FIELD_NUMBER: _builtins.int
     STOCK_FIELD_NUMBER: _builtins.int
     DISMISS_FIELD_NUMBER: _builtins.int
+    COPY_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     @_builtins.property
     def hello(self) -> Global___Hello: ...
@@ -108,6 +109,8 @@ class HostRequest(_message.Message):
     def stock(self) -> Global___Stock: ...
     @_builtins.property
     def dismiss(self) -> Global___Dismiss: ...
+    @_builtins.property
+    def copy(self) -> Global___Copy: ...
     def __init__(
         self,
         *,
@@ -125,12 +128,13 @@ class HostRequest(_message.Message):
         hand_over: Global___HandOver | None = ...,
         stock: Global___Stock | None = ...,
         dismiss: Global___Dismiss | None = ...,
+        copy: Global___Copy | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["adopt", b"adopt", "attach", b"attach", "body", b"body", "connect", b"connect", "dismiss", b"dismiss", "forget", b"forget", "hand_over", b"hand_over", "hello", b"hello", "hibernate_all", b"hibernate_all", "kill", b"kill", "quit", b"quit", "spawn", b"spawn", "stock", b"stock", "thaw", b"thaw"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["adopt", b"adopt", "attach", b"attach", "body", b"body", "connect", b"connect", "copy", b"copy", "dismiss", b"dismiss", "forget", b"forget", "hand_over", b"hand_over", "hello", b"hello", "hibernate_all", b"hibernate_all", "kill", b"kill", "quit", b"quit", "spawn", b"spawn", "stock", b"stock", "thaw", b"thaw"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopt", b"adopt", "attach", b"attach", "body", b"body", "connect", b"connect", "dismiss", b"dismiss", "forget", b"forget", "hand_over", b"hand_over", "hello", b"hello", "hibernate_all", b"hibernate_all", "id", b"id", "kill", b"kill", "quit", b"quit", "spawn", b"spawn", "stock", b"stock", "thaw", b"thaw"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adopt", b"adopt", "attach", b"attach", "body", b"body", "connect", b"connect", "copy", b"copy", "dismiss", b"dismiss", "forget", b"forget", "hand_over", b"hand_over", "hello", b"hello", "hibernate_all", b"hibernate_all", "id", b"id", "kill", b"kill", "quit", b"quit", "spawn", b"spawn", "stock", b"stock", "thaw", b"thaw"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["hello", "spawn", "attach", "kill", "quit", "connect", "thaw", "adopt", "forget", "hibernate_all", "hand_over", "stock", "dismiss"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["hello", "spawn", "attach", "kill", "quit", "connect", "thaw", "adopt", "forget", "hibernate_all", "hand_over", "stock", "dismiss", "copy"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -147,6 +151,7 @@ class HostReply(_message.Message):
     PID_FIELD_NUMBER: _builtins.int
     WAKE_FIELD_NUMBER: _builtins.int
     HANDED_OVER_FIELD_NUMBER: _builtins.int
+    COPIED_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     error: _builtins.str
     """Empty when the request succeeded."""
@@ -165,6 +170,10 @@ class HostReply(_message.Message):
     def handed_over(self) -> Global___HandedOver:
         """An answer to HandOver; its descriptors are those of the instances in it, in order."""
 
+    @_builtins.property
+    def copied(self) -> Global___HandedOver:
+        """The answer to Copy; its descriptors are those of the instances in it, in order."""
+
     def __init__(
         self,
         *,
@@ -175,10 +184,11 @@ class HostReply(_message.Message):
         pid: _builtins.int = ...,
         wake: Global___Wake | None = ...,
         handed_over: Global___HandedOver | None = ...,
+        copied: Global___HandedOver | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["exited", b"exited", "handed_over", b"handed_over", "hello", b"hello", "wake", b"wake"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["copied", b"copied", "exited", b"exited", "handed_over", b"handed_over", "hello", b"hello", "wake", b"wake"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "exited", b"exited", "handed_over", b"handed_over", "hello", b"hello", "id", b"id", "pid", b"pid", "wake", b"wake"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["copied", b"copied", "error", b"error", "exited", b"exited", "handed_over", b"handed_over", "hello", b"hello", "id", b"id", "pid", b"pid", "wake", b"wake"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -419,7 +429,7 @@ class WorkerExited(_message.Message):
     """As waitpid gives it: exit code, or minus the signal's number."""
     @_builtins.property
     def parked(self) -> Global___ParkedInstance:
-        """Set when the worker has hibernated and left its descriptors with the engine host."""
+        """Set when the worker has hibernated and left its descriptors with the engine host; copies of them come along."""
 
     def __init__(
         self,
@@ -450,11 +460,14 @@ class ParkedInstance(_message.Message):
     ROLES_FIELD_NUMBER: _builtins.int
     WOKEN_FIELD_NUMBER: _builtins.int
     ZEROS_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_VERSION_FIELD_NUMBER: _builtins.int
     instance: _builtins.str
     epoch: _builtins.int
     engine: _builtins.str
     woken: _builtins.bool
     """Something has come for it already."""
+    snapshot_version: _builtins.int
+    """As in Park."""
     @_builtins.property
     def roles(self) -> _containers.RepeatedScalarFieldContainer[Global___Role.ValueType]: ...
     @_builtins.property
@@ -470,10 +483,11 @@ class ParkedInstance(_message.Message):
         roles: _abc.Iterable[Global___Role.ValueType] | None = ...,
         woken: _builtins.bool = ...,
         zeros: _abc.Iterable[_builtins.int] | None = ...,
+        snapshot_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine", "epoch", b"epoch", "instance", b"instance", "roles", b"roles", "woken", b"woken", "zeros", b"zeros"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine", "epoch", b"epoch", "instance", b"instance", "roles", b"roles", "snapshot_version", b"snapshot_version", "woken", b"woken", "zeros", b"zeros"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -487,6 +501,9 @@ class Park(_message.Message):
 
     ROLES_FIELD_NUMBER: _builtins.int
     ZEROS_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_VERSION_FIELD_NUMBER: _builtins.int
+    snapshot_version: _builtins.int
+    """The version of the snapshot that goes with them; 0: not known."""
     @_builtins.property
     def roles(self) -> _containers.RepeatedScalarFieldContainer[Global___Role.ValueType]: ...
     @_builtins.property
@@ -500,10 +517,11 @@ class Park(_message.Message):
         *,
         roles: _abc.Iterable[Global___Role.ValueType] | None = ...,
         zeros: _abc.Iterable[_builtins.int] | None = ...,
+        snapshot_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["roles", b"roles", "zeros", b"zeros"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["roles", b"roles", "snapshot_version", b"snapshot_version", "zeros", b"zeros"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -652,6 +670,30 @@ class Adopt(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Adopt: _TypeAlias = Adopt  # noqa: Y015
+
+@_typing.final
+class Copy(_message.Message):
+    """Asks for copies of the descriptors of parked instances, in all as many as one message takes. Instances that are not parked any
+    more are left out.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INSTANCES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def instances(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        instances: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["instances", b"instances"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Copy: _TypeAlias = Copy  # noqa: Y015
 
 @_typing.final
 class Forget(_message.Message):

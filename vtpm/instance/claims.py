@@ -1,0 +1,36 @@
+"""What becomes of a hibernated instance whose engine host is gone: the store decides (invariants 2 and 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vtpm.engine.interface import Claim
+from vtpm.errors import NotFoundError
+from vtpm.store.model import InstanceState
+from vtpm.store.store import Store
+
+
+class Claims:
+    """Says which snapshots may be gone on from; blocks on the store."""
+
+    def __init__(self, store: Store, boot_id: str) -> None:
+        self._store = store
+        self._boot_id = boot_id
+
+    def good(self, claims: Sequence[Claim]) -> set[Claim]:
+        """Return those whose instance is ON here, under that epoch, with that snapshot and nobody having used it.
+
+        Raises:
+            StoreError: the store does not answer.
+        """
+        return {claim for claim in claims if self._is_good(claim)}
+
+    def _is_good(self, claim: Claim) -> bool:
+        instance, epoch, version = claim
+        try:
+            record = self._store.get(str(instance))
+            found = self._store.snapshots.load(instance, epoch)
+        except NotFoundError:
+            return False
+        owned = record.state is InstanceState.ON and record.epoch == epoch and record.boot_id == self._boot_id
+        return owned and found.snapshot.version == version and not found.used_by
