@@ -78,8 +78,8 @@ class Thaw:
 class Parked:
     """A hibernated instance whose sockets and connections the engine keeps.
 
-    `attached`: a VM's control connection is among them; `woken`: something has come on them already. `untouched`: no worker has gone
-    on from its snapshot, says the engine host; if that is gone too, nobody can say.
+    `attached`: a VM's control connection is among them; `woken`: something has come on them already. `untouched`: no worker
+    has gone on from its snapshot, says the engine host; if that is gone too, nobody can say.
     """
 
     instance: uuid.UUID
