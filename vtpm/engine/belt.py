@@ -66,11 +66,11 @@ class Belt:
     def keep(self, about: pb.ParkedInstance, fds: list[int]) -> None:
         """Take an instance's descriptors, one for each role; an engine host of an older version gives none."""
         here = self.get((about.instance, about.epoch))
-        if len(fds) != len(about.roles):
+        if here is not None and here.about.snapshot_version == about.snapshot_version:
+            self._unwanted_fds += fds
+        elif len(fds) != len(about.roles):
             # An engine host of an older version gives none; or this process has no room for more.
             log.warning("engine.copies_missing", instance=about.instance, got=len(fds), wanted=len(about.roles))
-            self._unwanted_fds += fds
-        elif here is not None and here.about.snapshot_version == about.snapshot_version:
             self._unwanted_fds += fds
         else:
             self.forget(about.instance)

@@ -226,6 +226,13 @@ class EngineHost:
     def _on_link(self, child: Child) -> None:
         if not child.listen():
             self._unwatch(child.link.fileno())
+        elif child.left is not None:
+            # It has hibernated. Whoever waits for that does not wait for its memory to be given back, and from here on it can't
+            # run anything, whatever it is (invariant 3).
+            signal.pidfd_send_signal(child.pidfd, signal.SIGKILL)
+            left, child.left = child.left, None
+            self._tell_end(child, EXIT_HIBERNATED, left)
+            child.instance = ""
 
     def _on_exit(self, child: Child) -> None:
         self._unwatch(child.pidfd)
@@ -239,19 +246,22 @@ class EngineHost:
         crashpoints.crash_point("host.after_exit")
         child.link.close()
         status = os.waitstatus_to_exitcode(wait_status)
-        exited = pb.WorkerExited(instance=child.instance, epoch=child.epoch, pid=child.pid, status=status)
         parked = child.left if status == EXIT_HIBERNATED else None
         if parked is None and child.moving is not None:
             # It died before it went on from the snapshot, so that another can.
             parked = child.moving
             parked[0].woken = True
+        if self.children.get(child.instance) is child:
+            self._tell_end(child, status, parked)
+        # Else it is a spare, which nobody knows of, or its end was told when it hibernated.
+
+    def _tell_end(self, child: Child, status: int, parked: tuple[pb.ParkedInstance, list[int]] | None) -> None:
+        """A worker is not its instance's any more; `parked` is what stays of that here."""
+        exited = pb.WorkerExited(instance=child.instance, epoch=child.epoch, pid=child.pid, status=status)
+        del self.children[child.instance]
         if parked is not None:
             self._moves.parking.add(*parked)
             exited.parked.CopyFrom(parked[0])
-        if self.children.get(child.instance) is not child:
-            # A spare: nobody knows of it.
-            return
-        del self.children[child.instance]
         if self._daemon is not None:
             # With copies of the descriptors, which outlive this process.
             self.send(pb.HostReply(exited=exited), parked[1] if parked else None)
