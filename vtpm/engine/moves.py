@@ -68,14 +68,13 @@ class Moves:
         # Without a daemon the next one finds it in the answer to its Hello.
         if not self._host.connected:
             return
-        # At once, while the daemon fetches the state; which it can begin with before the worker has what is its.
-        pid = next(iter(self._stocked), 0) if about.engine == LIBTPMS else 0
-        self._host.send(pb.HostReply(wake=pb.Wake(instance=about.instance, epoch=about.epoch, pid=pid)))
-        child = self._stocked.pop(pid, None)
-        if child is not None and not self._give(about.instance, child):
-            # As if it had died a moment later.
-            exited = pb.WorkerExited(instance=about.instance, epoch=about.epoch, pid=pid, parked=about)
-            self._host.send(pb.HostReply(exited=exited))
+        wake = pb.Wake(instance=about.instance, epoch=about.epoch)
+        if self._stocked and about.engine == LIBTPMS:
+            # At once, while the daemon fetches the state.
+            pid = next(iter(self._stocked))
+            if self._give(about.instance, self._stocked.pop(pid)):
+                wake.pid = pid
+        self._host.send(pb.HostReply(wake=wake))
 
     def _give(self, instance: str, child: Child) -> bool:
         """Give a parked instance to a stocked worker; False if that is gone, and the instance stays."""
