@@ -112,7 +112,7 @@ class Daemon:
                 command_timeout_s=settings.command_timeout_s,
                 limits=InstanceLimits(settings.command_rate, settings.command_burst, settings.max_connections),
                 belt=Belt(manager_store),
-                good=Claims(store, boot_id).good,
+                judge=Claims(store, boot_id),
                 stored=given.stored,
             )
             hidden = (settings.state_dir, settings.runtime_dir)

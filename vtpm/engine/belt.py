@@ -35,12 +35,11 @@ class DescriptorStore(Protocol):
 
 @dataclass(slots=True)
 class Copies:
-    """An instance's descriptors. `stored`: the outer store has them; `tries`: adoptions that got no answer."""
+    """An instance's descriptors. `stored`: the outer store has them."""
 
     about: pb.ParkedInstance
     fds: list[int]
     stored: bool = False
-    tries: int = 0
 
 
 class Belt:

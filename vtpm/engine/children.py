@@ -6,6 +6,7 @@ powered on, does not wait for them.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -13,6 +14,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from google.protobuf.message import DecodeError
 
 from vtpm import crashpoints
 from vtpm.engine import descriptors, sandbox
@@ -54,17 +57,26 @@ class Child:
         socket.send_fds(self.link, [TAKE_OVER, order.SerializeToString()], fds)
 
     def listen(self) -> bool:
-        """Take one message of it; False if there is none."""
+        """Take one message of it; False if there is none. What makes no sense ends it."""
         try:
-            message, fds = descriptors.receive(self.link, MAX_ORDER_SIZE, flags=socket.MSG_DONTWAIT)
+            message, fds = self._receive()
         except OSError:
             return False
         if not message:
             return False
         if message == GOING_ON:
             self.settle()
+            descriptors.close_all(fds)
         else:
-            park = pb.Park.FromString(message)
+            try:
+                park = pb.Park.FromString(message)
+            except DecodeError:
+                park = pb.Park()
+            if not self.instance or self.left is not None or not park.roles or len(park.roles) != len(fds):
+                descriptors.close_all(fds)
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+                return True
             about = pb.ParkedInstance(
                 instance=self.instance,
                 epoch=self.epoch,
@@ -75,6 +87,13 @@ class Child:
             )
             self.left = about, fds
         return True
+
+    def _receive(self) -> tuple[bytes, list[int]]:
+        try:
+            return descriptors.receive(self.link, MAX_ORDER_SIZE, flags=socket.MSG_DONTWAIT)
+        except ConnectionResetError:
+            # It has died with something unread, which is told before what it had to say.
+            return descriptors.receive(self.link, MAX_ORDER_SIZE, flags=socket.MSG_DONTWAIT)
 
     def settle(self) -> None:
         """The worker has what it was given."""

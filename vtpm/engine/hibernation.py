@@ -6,16 +6,18 @@ forget it before the first command runs (`DurableState.finish_consume`).
 
 from __future__ import annotations
 
-import socket
 import time
 import zlib
 from typing import TYPE_CHECKING, Final, Protocol
 
+from vtpm.engine import descriptors
 from vtpm.engine.exits import EXIT_HIBERNATED, Exit
 from vtpm.engine.v1 import link_pb2 as pb
 from vtpm.errors import FailedPreconditionError, SealedStateError
 
 if TYPE_CHECKING:
+    import socket
+
     from vtpm.engine.channels import DataChannels
     from vtpm.engine.durable import DurableState
     from vtpm.engine.platform import VmPlatform
@@ -114,8 +116,9 @@ class Hibernation:
             return False
         park, fds = self._loop.park()
         park.snapshot_version = self._durable.snapshot_version
-        # Should the engine host be gone, so is this worker at once.
-        socket.send_fds(self._host, [park.SerializeToString()], fds)
+        # Should the engine host be gone, so is this worker at once. Where many hibernate at once, those who read are waited
+        # for: nothing is left to do here, and all would be lost.
+        descriptors.send_patiently(self._host, park.SerializeToString(), fds)
         raise Exit(EXIT_HIBERNATED)
 
     def hibernate_now(self) -> None:

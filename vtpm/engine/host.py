@@ -7,6 +7,7 @@ daemon to the worker over sockets that it only passes on.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import gc
 import os
@@ -154,11 +155,18 @@ class EngineHost:
         """Tell the daemon, if there is one."""
         if self._daemon is None:
             return
+        message = reply.SerializeToString()
         try:
             if fds:
-                socket.send_fds(self._daemon, [reply.SerializeToString()], fds)
+                try:
+                    socket.send_fds(self._daemon, [message], fds)
+                except OSError as error:
+                    if error.errno != errno.ETOOMANYREFS or reply.id:
+                        raise
+                    # Too many are on their way: the daemon goes without copies of these.
+                    self._daemon.sendall(message)
             else:
-                self._daemon.sendall(reply.SerializeToString())
+                self._daemon.sendall(message)
         except OSError:
             self._drop_daemon()
 
@@ -231,6 +239,7 @@ class EngineHost:
             # run anything, whatever it is (invariant 3).
             signal.pidfd_send_signal(child.pidfd, signal.SIGKILL)
             left, child.left = child.left, None
+            child.settle()
             self._tell_end(child, EXIT_HIBERNATED, left)
             child.instance = ""
 
@@ -247,6 +256,8 @@ class EngineHost:
         child.link.close()
         status = os.waitstatus_to_exitcode(wait_status)
         parked = child.left if status == EXIT_HIBERNATED else None
+        if parked is None and child.left is not None:
+            descriptors.close_all(child.left[1])
         if parked is None and child.moving is not None:
             # It died before it went on from the snapshot, so that another can.
             parked = child.moving
@@ -260,8 +271,14 @@ class EngineHost:
         exited = pb.WorkerExited(instance=child.instance, epoch=child.epoch, pid=child.pid, status=status)
         del self.children[child.instance]
         if parked is not None:
-            self._moves.parking.add(*parked)
-            exited.parked.CopyFrom(parked[0])
+            try:
+                self._moves.parking.add(*parked)
+            except ValueError:
+                # Nothing that can be watched: a worker that says so is not to be believed, and is lost.
+                descriptors.close_all(parked[1])
+                exited.status, parked = -signal.SIGKILL, None
+            else:
+                exited.parked.CopyFrom(parked[0])
         if self._daemon is not None:
             # With copies of the descriptors, which outlive this process.
             self.send(pb.HostReply(exited=exited), parked[1] if parked else None)

@@ -78,15 +78,13 @@ class Thaw:
 class Parked:
     """A hibernated instance whose sockets and connections the engine keeps.
 
-    `attached`: a VM's control connection is among them; `woken`: something has come on them already. `untouched`: no worker
-    has gone on from its snapshot, says the engine host; if that is gone too, nobody can say.
+    `attached`: a VM's control connection is among them; `woken`: something has come on them already.
     """
 
     instance: uuid.UUID
     epoch: int
     attached: bool
     woken: bool = False
-    untouched: bool = True
 
 
 @dataclass(frozen=True, slots=True)

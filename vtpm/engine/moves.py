@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import socket
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
@@ -160,7 +161,15 @@ class Moves:
         return copies
 
     def _forget(self, request: pb.HostRequest, _fds: list[int], _reply: pb.HostReply) -> list[int]:
-        self.parking.forget(request.forget.instance)
+        instance = request.forget.instance
+        self.parking.forget(instance)
+        child = self._host.children.get(instance)
+        if child is not None and child.moving is not None:
+            # It was given the instance when that woke, and will never get its state.
+            child.settle()
+            signal.pidfd_send_signal(child.pidfd, signal.SIGKILL)
+            del self._host.children[instance]
+            child.instance = ""
         return []
 
     def _hand_over(self, request: pb.HostRequest, _fds: list[int], reply: pb.HostReply) -> list[int]:

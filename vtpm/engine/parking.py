@@ -48,9 +48,13 @@ class Parking:
             raise ValueError("the instance is parked already, or its descriptors are not complete")
         place = self._places[about.instance] = _Place(about, fds)
         if not about.woken:
-            for fd in fds:
-                self._by_fd[fd] = place
-                self._epoll.register(fd, select.EPOLLIN)
+            try:
+                for fd in fds:
+                    self._epoll.register(fd, select.EPOLLIN)
+                    self._by_fd[fd] = place
+            except OSError as error:
+                self.take(about.instance)
+                raise ValueError("that can't be watched") from error
 
     def serve(self) -> None:
         """Tell of the instances for which something has come."""

@@ -1,39 +1,53 @@
 """What hibernated when its engine host died goes to the next engine host, from the copies in the belt.
 
-Invariant 2: nothing here says that a snapshot may be used. The worker that goes on from it asks the store for that, and is
-refused if another has; so it does no harm to give the descriptors of an instance to an engine host once too often.
+Invariant 2: what a worker had that died with its engine host may have been gone on from, and nobody can say. So the daemon has
+the store mark the snapshot as its own before anybody else gets it: if that worker ever was allowed to go on, the store refuses,
+and if it was not yet, it never is. Of all others the store is asked when a worker goes on from them, as always; so it does no
+harm to give descriptors to an engine host once too often.
 """
 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
+import os
 import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Final, Protocol
 
 import structlog
 
 from vtpm.engine import descriptors
-from vtpm.engine.belt import Belt, Copies, Key
+from vtpm.engine.belt import Belt, Key
 from vtpm.engine.copy_names import grouped
 from vtpm.engine.interface import Claim, EngineEvents, Loss, Parked
+from vtpm.engine.link import HostLink
 from vtpm.engine.software import LIBTPMS
 from vtpm.engine.v1 import link_pb2 as pb
 from vtpm.errors import EngineError, VtpmError
+from vtpm.store.snapshots import TOKEN_SIZE
 
 log: Final = structlog.get_logger("vtpm.engine")
 
-# How many engine hosts may die over one instance before it is given up.
-_TRIES: Final = 3
-Judge = Callable[[Sequence[Claim]], set[Claim]]
+# How often it is tried to give an instance to an engine host that does not start, or dies.
+_TRIES: Final = 5
+_RETRY_S: Final = 0.5
+
+
+class Judge(Protocol):
+    """What the store says of snapshots; both block, and raise StoreError if it does not answer."""
+
+    def good(self, claims: Sequence[Claim]) -> set[Claim]:
+        """Return those that nobody has used."""
+
+    def reserve(self, claim: Claim, token: bytes) -> bool:
+        """Mark one as used under `token`, 16 bytes; False if somebody has used it."""
 
 
 class Fleet(Protocol):
     """What this needs of vtpm.engine.workers.Workers."""
 
-    async def ask_host(self, request: pb.HostRequest, fds: Sequence[int] = ()) -> pb.HostReply:
-        """Ask the engine host, which is started if there is none, something that has one reply."""
+    async def live_host(self) -> HostLink:
+        """Return the line to the engine host, which is started if there is none."""
 
     async def ask_host_for_descriptors(self, request: pb.HostRequest) -> tuple[pb.HostReply, list[int]]:
         """Ask it something whose one reply brings descriptors, which are the caller's then."""
@@ -42,18 +56,21 @@ class Fleet(Protocol):
 class Rescue:
     """`parked` are the instances that an engine host has, with those who hear of them; they come and go here.
 
-    `good` says which snapshots nobody has used; it blocks. `stored` is what the outer store has given back, by name.
+    `stored` is what the outer store has given back, by name.
     """
 
     def __init__(
-        self, fleet: Fleet, belt: Belt, parked: dict[Key, EngineEvents], good: Judge, stored: Sequence[tuple[str, int]]
+        self, fleet: Fleet, belt: Belt, parked: dict[Key, EngineEvents], judge: Judge, stored: Sequence[tuple[str, int]]
     ) -> None:
         self._fleet = fleet
         self._belt = belt
         self._parked = parked
-        self._good = good
+        self._judge = judge
         self._stored = stored
         self._tasks: set[asyncio.Task[None]] = set()
+        # One after the other: what the death of a second engine host brings about waits for what the first one's did.
+        self._turn = asyncio.Lock()
+        self._losses = 0
         self._fetching: asyncio.Task[None] | None = None
 
     async def over(self) -> None:
@@ -70,6 +87,7 @@ class Rescue:
 
     def host_lost(self, thawing: Mapping[Key, EngineEvents]) -> None:
         """Give all that was parked to the next engine host; `thawing` are those that workers had and had not answered for."""
+        self._losses += 1
         homeless = dict(self._parked)
         self._parked.clear()
         for key in [key for key in homeless if key not in self._belt]:
@@ -82,57 +100,73 @@ class Rescue:
 
     async def _rehouse(self, thawing: dict[Key, EngineEvents], homeless: dict[Key, EngineEvents]) -> None:
         housed = 0
-        for key, events in thawing.items():
-            copies = self._belt.get(key)
-            if copies is None:
-                continue
-            if not await self._may_go_on(copies.about):
-                self._belt.drop(key)
-                events.ended(uuid.UUID(key[0]), key[1], host_loss(key[0]))
-            elif await self._adopted(key, copies, events):
-                # Whoever was waking it may try again.
-                housed += 1
-                events.hibernated(dataclasses.replace(to_parked(copies.about), untouched=False))
-        for key, events in homeless.items():
-            copies = self._belt.get(key)
-            if copies is not None and await self._adopted(key, copies, events):
-                housed += 1
+        async with self._turn:
+            # First those that do not wait for the store.
+            for key, events in homeless.items():
+                if key in self._belt and await self._adopted(key, events):
+                    housed += 1
+            for key, events in thawing.items():
+                copies = self._belt.get(key)
+                if copies is None:
+                    continue
+                if not await self._reserved(copies.about):
+                    self._belt.drop(key)
+                    events.ended(uuid.UUID(key[0]), key[1], host_loss(key[0]))
+                elif await self._adopted(key, events):
+                    # Whoever was waking it may try again.
+                    housed += 1
+                    events.hibernated(to_parked(copies.about))
         log.info("engine.rehoused", instances=housed, of=len(homeless) + len(thawing))
 
-    async def _may_go_on(self, about: pb.ParkedInstance) -> bool:
-        try:
-            return bool(await asyncio.to_thread(self._good, [claim_of(about)]))
-        except VtpmError as error:
-            # The next thaw asks the store again.
-            log.warning("engine.snapshot_unknown", instance=about.instance, reason=error.reason)
-            return True
+    async def _reserved(self, about: pb.ParkedInstance) -> bool:
+        token = os.urandom(TOKEN_SIZE)
+        while True:
+            try:
+                return await asyncio.to_thread(self._judge.reserve, claim_of(about), token)
+            except VtpmError as error:
+                # Its guest waits, as all do whose store is in trouble.
+                log.error("engine.snapshot_unknown", instance=about.instance, reason=error.reason, remedy=error.remedy)
+                await asyncio.sleep(_RETRY_S)
 
-    async def _adopted(self, key: Key, copies: Copies, events: EngineEvents, *, tell: bool = True) -> bool:
+    async def _adopted(self, key: Key, events: EngineEvents, *, tell: bool = True) -> bool:
         """Give one instance to the engine host; False if it is given up, or on its way to yet another engine host.
 
         With `tell`, who hears of the instance is told when it is given up.
         """
-        copies.tries += 1
-        # The engine host looks for itself.
-        copies.about.woken = False
-        # Before it is asked: it may tell of a wake before it answers.
+        losses = self._losses
+        # Before the engine host is asked: it may tell of a wake before it answers.
         self._parked[key] = events
-        try:
-            if copies.tries > _TRIES:
-                raise EngineError("ENGINE_HOST_LOST", f"{_TRIES} engine hosts ended with it")
-            await self._fleet.ask_host(pb.HostRequest(adopt=pb.Adopt(parked=copies.about)), copies.fds)
-        except EngineError as error:
-            if self._parked.get(key) is not events:
-                # That engine host died too, and `host_lost` has it.
-                return False
-            log.error("engine.rehousing_failed", instance=key[0], reason=error.reason, error=error.message)
-            del self._parked[key]
-            self._belt.drop(key)
-            if tell:
-                events.parking_lost(uuid.UUID(key[0]), key[1])
+        for attempt in range(_TRIES):
+            try:
+                host = await self._fleet.live_host()
+                if attempt:
+                    # The one before may have been carried out, and not been answered in time.
+                    await host.request(pb.HostRequest(forget=pb.Forget(instance=key[0])))
+                # Looked up last: what was forgotten meanwhile is closed, and its numbers are others'.
+                copies = self._belt.get(key)
+                if copies is None:
+                    break
+                # The engine host looks for itself.
+                copies.about.woken = False
+                await host.request(pb.HostRequest(adopt=pb.Adopt(parked=copies.about)), copies.fds)
+            except (EngineError, OSError) as error:
+                if losses != self._losses:
+                    # That engine host died too, and `host_lost` has it.
+                    return False
+                reason = error.reason if isinstance(error, EngineError) else type(error).__name__
+                log.error("engine.rehousing_failed", instance=key[0], reason=reason, error=str(error))
+                if reason == "ENGINE_HOST_REFUSED":
+                    break
+                await asyncio.sleep(_RETRY_S)
+            else:
+                return True
+        if losses != self._losses:
             return False
-        copies.tries = 0
-        return True
+        self._parked.pop(key, None)
+        self._belt.drop(key)
+        if tell:
+            events.parking_lost(uuid.UUID(key[0]), key[1])
+        return False
 
     # ---- a daemon begins -------------------------------------------------------------------------------------------------
 
@@ -151,7 +185,7 @@ class Rescue:
         good = {claim_of(about) for about in parked}
         unsure = [claim for group in groups if (claim := claim_of(group.about)) not in good]
         if unsure:
-            good |= await asyncio.to_thread(self._good, unsure)
+            good |= await asyncio.to_thread(self._judge.good, unsure)
         homeless = []
         for group in groups:
             if not group.complete:
@@ -169,7 +203,7 @@ class Rescue:
             copies = self._belt.get(key)
             if key in self._parked or copies is None:
                 continue
-            if await self._adopted(key, copies, events, tell=False):
+            if await self._adopted(key, events, tell=False):
                 adopted.append(to_parked(copies.about))
         return adopted
 

@@ -24,6 +24,7 @@ from vtpm.errors import EngineError
 # How often a thaw tries to have its instance given to a worker, while workers die.
 _HAND_OVERS: Final = 50
 _HAND_OVER_RETRY_S: Final = 0.01
+_REFILL_S: Final = 0.1
 
 
 class Fleet(Protocol):
@@ -55,7 +56,7 @@ class Sleepers:
         commit_timeout_s: float,
         limits: InstanceLimits,
         belt: Belt,
-        good: Judge,
+        judge: Judge,
         stored: Sequence[tuple[str, int]],
     ) -> None:
         self._fleet = fleet
@@ -64,7 +65,7 @@ class Sleepers:
         self._limits = limits
         self._parked: dict[tuple[str, int], EngineEvents] = {}
         self.belt = belt
-        self._rescue = Rescue(fleet, belt, self._parked, good, stored)
+        self._rescue = Rescue(fleet, belt, self._parked, judge, stored)
         # What the engine host had when this daemon came, and nobody has claimed yet.
         self.found: list[pb.ParkedInstance] = []
         # Who hears of instances that nobody has claimed yet.
@@ -75,6 +76,7 @@ class Sleepers:
         self._dead: set[int] = set()
         # How many engine hosts have died.
         self._losses = 0
+        self._refill: asyncio.TimerHandle | None = None
 
     async def claim(self, engine: str, events: EngineEvents, running: Collection[str]) -> list[Parked]:
         """Return what was found of `engine`; `events` hears of it from now on. `running` are the instances with a worker."""
@@ -122,10 +124,15 @@ class Sleepers:
         self.found.clear()
         self.stock.clear()
         self._given.clear()
+        self._dead.clear()
         self._rescue.host_lost(thawing)
+        # The next one is there before somebody needs it.
+        self._refill = asyncio.get_running_loop().call_later(_REFILL_S, self.stock.fill)
 
     def close(self) -> None:
         """Let go of everything."""
+        if self._refill is not None:
+            self._refill.cancel()
         self._rescue.close()
         self.stock.clear()
         self.belt.close()
@@ -150,13 +157,11 @@ class Sleepers:
         if key in self._fleet.links:
             # A daemon before this one gave it to a worker, and ended before the worker had its state.
             link = self._fleet.links[key][0]
-            await self._go_on(link, order, load)
-            self.belt.used(key, order.snapshot.version)
-            return link
-        crash_point("thaw.before_hand_over")
-        link = await self._hand_over(order, key, events)
-        self._parked.pop(key, None)
-        crash_point("thaw.after_hand_over")
+        else:
+            crash_point("thaw.before_hand_over")
+            link = await self._hand_over(order, key, events)
+            self._parked.pop(key, None)
+            crash_point("thaw.after_hand_over")
         try:
             await self._go_on(link, order, load)
         except BaseException:
@@ -212,8 +217,12 @@ class Sleepers:
         if ready is not None:
             try:
                 await self._fleet.ask_host(pb.HostRequest(thaw=pb.Thaw(instance=str(order.instance), pid=ready.pid)))
-            except EngineError:
-                self.stock.put_back(ready)
+            except EngineError as error:
+                if error.reason == "ENGINE_HOST_REFUSED":
+                    self.stock.put_back(ready)
+                else:
+                    # The engine host may have given it the instance all the same.
+                    ready.link.close()
                 raise
             return ready.pid, self.stock.bind(ready, order.instance, order.epoch)
         with SocketPairs() as pairs:
@@ -237,7 +246,8 @@ class Sleepers:
         """See Engine."""
         await self._rescue.over()
         self.belt.forget(str(instance))
-        for key in [key for key in self._parked if key[0] == str(instance)]:
-            del self._parked[key]
+        for table in (self._parked, self._given):
+            for key in [key for key in table if key[0] == str(instance)]:
+                del table[key]
         host = await self._fleet.live_host()
         await host.request(pb.HostRequest(forget=pb.Forget(instance=str(instance))))

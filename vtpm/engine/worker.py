@@ -245,9 +245,11 @@ class Worker:
 
     def gone_on(self) -> None:
         """See vtpm.engine.duties.Power."""
-        # Without an engine host this worker ends soon.
-        with contextlib.suppress(OSError):
+        # Invariant 2: an engine host that has not heard of it may give the snapshot to another worker.
+        try:
             self._host.send(GOING_ON)
+        except OSError:
+            raise Exit(EXIT_STOPPED) from None
 
     def go_on(self, permanent: bytes, snapshot: pb.Snapshot) -> None:
         """See vtpm.engine.duties.Power."""

@@ -63,7 +63,7 @@ class Workers:
         command_timeout_s: float,
         limits: InstanceLimits,
         belt: Belt,
-        good: Judge,
+        judge: Judge,
         stored: Sequence[tuple[str, int]] = (),
     ) -> None:
         self._socket_path = runtime_dir / "engine.sock"
@@ -79,7 +79,7 @@ class Workers:
         self._ended: list[pb.WorkerExited] = []
         self.links: dict[tuple[str, int], tuple[WorkerLink, EngineEvents]] = {}
         self.sleepers = Sleepers(
-            self, committer, commit_timeout_s=commit_timeout_s, limits=limits, belt=belt, good=good, stored=stored
+            self, committer, commit_timeout_s=commit_timeout_s, limits=limits, belt=belt, judge=judge, stored=stored
         )
         self._stopping: set[tuple[str, int]] = set()
         self._exits: dict[tuple[str, int], asyncio.Future[int]] = {}

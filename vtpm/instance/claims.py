@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from vtpm.engine.interface import Claim
 from vtpm.errors import NotFoundError
 from vtpm.store.model import InstanceState
+from vtpm.store.snapshots import SnapshotUse
 from vtpm.store.store import Store
 
 
@@ -25,7 +26,16 @@ class Claims:
         """
         return {claim for claim in claims if self._is_good(claim)}
 
-    def _is_good(self, claim: Claim) -> bool:
+    def reserve(self, claim: Claim, token: bytes) -> bool:
+        """Mark a snapshot as used up under `token`, so that nobody else goes on from it; False if it can't be had.
+
+        Raises:
+            StoreError: the store does not answer.
+        """
+        instance, epoch, version = claim
+        return self._is_good(claim, token) and self._store.commit([SnapshotUse(instance, epoch, version, token)]) == [""]
+
+    def _is_good(self, claim: Claim, token: bytes = b"") -> bool:
         instance, epoch, version = claim
         try:
             record = self._store.get(str(instance))
@@ -33,4 +43,4 @@ class Claims:
         except NotFoundError:
             return False
         owned = record.state is InstanceState.ON and record.epoch == epoch and record.boot_id == self._boot_id
-        return owned and found.snapshot.version == version and not found.used_by
+        return owned and found.snapshot.version == version and found.used_by in (b"", token)

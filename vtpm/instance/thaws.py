@@ -23,7 +23,7 @@ from vtpm.errors import ErrorKind, FailedPreconditionError, KeyProviderError, Vt
 from vtpm.instance.running import Running
 from vtpm.instance.wakeful import WakefulTpm
 from vtpm.store.model import InstanceRecord
-from vtpm.store.snapshots import Hibernated
+from vtpm.store.snapshots import TOKEN_SIZE, Hibernated
 
 if TYPE_CHECKING:
     from vtpm.instance.sockets import InstanceSockets
@@ -35,6 +35,7 @@ log: Final = structlog.get_logger("vtpm.instance")
 _RETRY_S: Final = 0.5
 # How many workers may die over one snapshot.
 _ATTEMPTS: Final = 5
+_SOON_S: Final = 5.0
 # What the worker's own end, or the engine host's, is told of elsewhere.
 _REPORTED: Final = ("TPM_LOST", "ENGINE_HOST_LOST", "ENGINE_HOST_UNREACHABLE", "ENGINE_HOST_REFUSED")
 
@@ -106,7 +107,7 @@ class Thaws:
         """See EngineEvents."""
         running = self._find(parked.instance, parked.epoch)
         if running is not None:
-            running.untouched = parked.untouched
+            running.untouched = True
             running.tpm.fell_asleep(attached=parked.attached)
             log.debug("instance.hibernated", instance=str(parked.instance), epoch=parked.epoch)
             for callback in self.on_hibernated:
@@ -174,7 +175,9 @@ class Thaws:
         record = running.record
         begun = time.monotonic()
         attempts = 0
-        token = os.urandom(16)
+        tried = begun
+        # One for all attempts: another worker may go on where one has died before it did.
+        token = os.urandom(TOKEN_SIZE)
         while True:
             try:
                 order = await self._order(running, token)
@@ -187,10 +190,10 @@ class Thaws:
                     continue
                 if error.reason == "TPM_LOST" and await running.tpm.asleep_again():
                     # Its worker died before it went on from the snapshot, which is as good as before.
-                    attempts += 1
-                    if not running.untouched:
-                        # Under the same token the next worker would get what this one may have gone on from.
-                        token = os.urandom(16)
+                    # One that lived on for a while has waited for the store, which is in trouble.
+                    now = time.monotonic()
+                    attempts = attempts + 1 if now - tried < _SOON_S else 1
+                    tried = now
                     if attempts < _ATTEMPTS:
                         continue
                     await self._give_up(running, error)
@@ -217,7 +220,7 @@ class Thaws:
                     "the snapshot is used up: the worker that went on from it has ended",
                     subject=record.name,
                 )
-            # Marked by a daemon that ended before its worker was there.
+            # Marked by a daemon that ended before its worker was there, or by this one while it had no engine host.
             token = found.used_by
         return Thaw(record.id, record.epoch, found.state, found.snapshot, token, data_key, self._idle_timeout_s)
 

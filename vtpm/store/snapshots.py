@@ -48,6 +48,8 @@ SELECT n.instance, n.epoch, n.attached, u.instance FROM snapshots n
 LEFT JOIN snapshot_uses u ON u.instance = n.instance AND u.version >= n.version
 """
 
+TOKEN_SIZE: Final = 16
+
 
 @dataclass(frozen=True, slots=True)
 class SnapshotCommit:
@@ -67,7 +69,7 @@ class SnapshotUse:
     instance: uuid.UUID
     epoch: int
     version: int
-    token: bytes
+    token: bytes = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,7 @@ def make_room(connection: sqlite3.Connection, path: str) -> bool:
 def _extend(path: str, wanted: int) -> bool:
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
+    except OSError:
         return False
     try:
         size = os.fstat(fd).st_size

@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import asyncio
 import contextlib
+import errno
 import os
 import socket
 from collections import deque
@@ -100,7 +101,15 @@ class ServiceManagerStore:
 
     def _send(self, message: _Message) -> None:
         if self._waiting or not self._sent(message):
-            self._waiting.append(_Message(message.text, [os.dup(fd) for fd in message.fds]))
+            copies: list[int] = []
+            try:
+                for fd in message.fds:
+                    copies.append(os.dup(fd))
+            except OSError as error:
+                descriptors.close_all(copies)
+                log.warning("fdstore.refused", message=message.text.decode().replace("\n", " "), error=error.strerror)
+                return
+            self._waiting.append(_Message(message.text, copies))
             self._again()
 
     def _again(self) -> None:
@@ -122,6 +131,8 @@ class ServiceManagerStore:
         except (BlockingIOError, TimeoutError):
             return False
         except OSError as error:
+            if error.errno == errno.ETOOMANYREFS:
+                return False
             log.warning("fdstore.refused", message=message.text.decode().replace("\n", " "), error=error.strerror)
         return True
 
