@@ -59,6 +59,8 @@ EXIT_CONFIG: Final = 2
 _METRICS_INTERVAL_S: Final = 10.0
 # Two for each instance, and some for those that are busy.
 _DESCRIPTORS: Final = 1 << 20
+# Which part of the descriptors may be copies, as a divisor.
+_COPIES_SHARE: Final = 4
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -111,7 +113,7 @@ class Daemon:
                 commit_timeout_s=settings.commit_timeout_s,
                 command_timeout_s=settings.command_timeout_s,
                 limits=InstanceLimits(settings.command_rate, settings.command_burst, settings.max_connections),
-                belt=Belt(manager_store),
+                belt=Belt(manager_store, most=sandbox.descriptor_limit() // _COPIES_SHARE),
                 judge=Claims(store, boot_id),
                 stored=given.stored,
             )

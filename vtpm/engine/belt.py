@@ -43,10 +43,13 @@ class Copies:
 
 
 class Belt:
-    """Used from the event loop only. Without an `outer` store the copies end with this process."""
+    """Used from the event loop only. Without an `outer` store the copies end with this process; it holds at most `most`."""
 
-    def __init__(self, outer: DescriptorStore | None = None) -> None:
+    def __init__(self, outer: DescriptorStore | None = None, *, most: int = 1 << 20) -> None:
         self._outer = outer
+        self._most = most
+        self._held = 0
+        self._full = False
         # By instance, which hibernates under one epoch at a time.
         self._copies: dict[str, Copies] = {}
         self._unstored: set[str] = set()
@@ -71,9 +74,18 @@ class Belt:
             # An engine host of an older version gives none; or this process has no room for more.
             log.warning("engine.copies_missing", instance=about.instance, got=len(fds), wanted=len(about.roles))
             self._unwanted_fds += fds
+        elif self._held + len(fds) > self._most:
+            # What this process needs its descriptors for comes first.
+            if not self._full:
+                log.warning("engine.copies_full", descriptors=self._held, most=self._most)
+            self._full = True
+            self.forget(about.instance)
+            self._unwanted_fds += fds
         else:
+            self._full = False
             self.forget(about.instance)
             self._copies[about.instance] = Copies(about, fds)
+            self._held += len(fds)
             if about.snapshot_version and self._outer is not None:
                 self._unstored.add(about.instance)
         self._later()
@@ -81,7 +93,11 @@ class Belt:
     def keep_stored(self, group: Group) -> None:
         """Take an instance's descriptors that the outer store has given back, and still has."""
         self.keep(group.about, group.fds)
-        self._copies[group.about.instance].stored = True
+        copies = self.get((group.about.instance, group.about.epoch))
+        if copies is None:
+            self._unwanted_names += names_of(group.about)
+            return
+        copies.stored = True
         self._unstored.discard(group.about.instance)
 
     def refuse(self, names: Collection[str], fds: Sequence[int], reason: str) -> None:
@@ -111,6 +127,7 @@ class Belt:
         if copies is None:
             return
         self._unwanted_fds += copies.fds
+        self._held -= len(copies.fds)
         if copies.stored:
             self._unwanted_names += names_of(copies.about)
         self._unstored.discard(instance)

@@ -179,6 +179,11 @@ def raise_descriptor_limit(wanted: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, hard), hard))
 
 
+def descriptor_limit() -> int:
+    """Return how many descriptors this process may have open."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
 @contextlib.contextmanager
 def dumpable() -> Iterator[None]:
     """Lift the dumpable part of `forbid_dumps`: for writes to files of one's own in /proc, while nothing secret is here."""

@@ -107,3 +107,23 @@ def test_a_batch_has_as_many_as_one_message_takes() -> None:
     assert max(sizes) <= 253
     assert min(sizes[:-1]) > 253 - 60
     assert list(batches([])) == []
+
+
+async def test_copies_take_no_more_than_their_share() -> None:
+    belt = Belt(most=1)
+    about, fds, peer = parked(1)
+    belt.keep(about, fds)
+    other, more, other_peer = parked(1)
+    other.instance = str(uuid.UUID(int=2))
+    belt.keep(other, more)
+    belt.tidy()
+    assert (INSTANCE, 1) in belt
+    assert (other.instance, 1) not in belt
+    assert closed(other_peer)
+    assert not closed(peer)
+    belt.forget(INSTANCE)
+    third, fds, peer = parked(2)
+    belt.keep(third, fds)
+    belt.tidy()
+    assert not closed(peer)
+    belt.close()
