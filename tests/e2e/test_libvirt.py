@@ -143,6 +143,8 @@ class Domain(Vm):
 
 
 class _ItsOwn:
+    """libvirt starts the domain's TPM: nobody else may plug one in."""
+
     def plug(self) -> Path:
         raise NotImplementedError
 

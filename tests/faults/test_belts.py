@@ -7,11 +7,13 @@ import resource
 import signal
 import socket
 import time
+from pathlib import Path
 
 from tests.faults.test_hibernation_crashes import measured
 from tests.support import raw, vmm
 from tests.support.daemon import DaemonProcess, spare_pids
 from vtpm.api.v1 import instance_pb2 as pb
+from vtpm.errors import VtpmError
 
 
 def host_of(daemon: DaemonProcess) -> int:
@@ -96,6 +98,32 @@ def test_without_copies_a_vm_that_is_attached_loses_its_tpm_and_others_their_con
     assert daemon.get("web-1").hibernated
     assert raw.succeed(raw.connect(daemon.get("web-1").tpm_socket), raw.pcr_read(16)) == expected
     daemon.vtpm("instance", "reset", "vm")
+
+
+def test_a_daemon_without_descriptors_says_so_and_goes_on_when_it_has_some(own_daemon: DaemonProcess) -> None:
+    daemon = own_daemon
+    sock, expected = measured(daemon, "web-1")
+    daemon.create("web-2")
+    assert daemon.process is not None
+    soft, hard = resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE)
+    open_now = len(list(Path(f"/proc/{daemon.process.pid}/fd").iterdir()))
+    reasons = set()
+    # Wherever on the way to a running instance they run out.
+    for more in range(8):
+        resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE, (open_now + more, hard))
+        try:
+            daemon.power_on("web-2")
+        except VtpmError as error:
+            reasons.add(error.reason)
+        else:
+            break
+    resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE, (soft, hard))
+    assert "INTERNAL" not in reasons
+    assert "DESCRIPTORS_EXHAUSTED" in reasons
+    if daemon.get("web-2").state == pb.ON:
+        daemon.vtpm("instance", "stop", "web-2")
+    assert raw.succeed(sock, raw.pcr_read(16)) == expected
+    assert daemon.power_on("web-2").state == pb.ON
 
 
 def test_a_new_daemon_has_copies_of_what_it_finds(own_daemon: DaemonProcess) -> None:

@@ -43,7 +43,7 @@ class Instances:
     async def get(self, ref: str) -> InstanceRecord:
         try:
             instance = await asyncio.to_thread(self._daemon.get, ref)
-        except Exception as error:
+        except Exception as error:  # whatever the daemon says: the relay knows this one answer
             raise NotFoundError("INSTANCE_NOT_FOUND", str(error)) from error
         self._paths[instance.id] = instance.guest_socket
         return _record(instance)

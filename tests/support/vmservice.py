@@ -89,6 +89,8 @@ class ServiceVm(Vm):
 
 
 class _NoTpm:
+    """This VM is a host and has no TPM: nobody may plug one in."""
+
     def plug(self) -> Path:
         raise NotImplementedError
 

@@ -5,6 +5,7 @@ grpc.aio would send an unhandled exception's text to the client, so what is here
 
 from __future__ import annotations
 
+import errno
 import secrets
 import traceback
 from typing import TYPE_CHECKING, Final
@@ -47,7 +48,18 @@ def status_of(error: VtpmError, *, for_guest: bool) -> Status:
 
 
 def status_of_unexpected(error: Exception, method: str) -> Status:
-    """Log `error` with its traceback and return a status that says nothing but the number to look for in the log."""
+    """Log `error` with its traceback and return a status that says nothing but the number to look for in the log.
+
+    Too few descriptors are no defect, wherever they run out: those are named.
+    """
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        log.error("api.descriptors_exhausted", method=method)
+        return _status(
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            "the daemon has no descriptor left",
+            "DESCRIPTORS_EXHAUSTED",
+            {"remedy": "raise LimitNOFILE= of the daemon, or stop instances"},
+        )
     incident = secrets.token_hex(6)
     # Lines, not exc_info: a console renderer may print the frames' local variables beside it, and there are keys among them.
     lines = "".join(traceback.format_exception(error)).splitlines()

@@ -1,7 +1,7 @@
 """Hibernation of a worker: when, and what of it goes into the store so that another worker can go on where this one stopped.
 
-Invariant 2: a snapshot is used once. The worker runs nothing after it was taken, and the one that goes on from it has the store
-forget it before the first command runs (`DurableState.finish_consume`).
+Invariant 2: a snapshot is used once. The worker runs nothing after it was taken, and the one that goes on from it waits until
+the store has forgotten it before the first command runs (`DurableState.finish_consume`).
 """
 
 from __future__ import annotations

@@ -70,7 +70,8 @@ class Rescue:
         self._tasks: set[asyncio.Task[None]] = set()
         # One after the other: what the death of a second engine host brings about waits for what the first one's did.
         self._turn = asyncio.Lock()
-        self._losses = 0
+        # How many engine hosts have died.
+        self.losses = 0
         self._fetching: asyncio.Task[None] | None = None
 
     async def over(self) -> None:
@@ -87,7 +88,7 @@ class Rescue:
 
     def host_lost(self, thawing: Mapping[Key, EngineEvents]) -> None:
         """Give all that was parked to the next engine host; `thawing` are those that workers had and had not answered for."""
-        self._losses += 1
+        self.losses += 1
         homeless = dict(self._parked)
         self._parked.clear()
         for key in [key for key in homeless if key not in self._belt]:
@@ -133,7 +134,7 @@ class Rescue:
 
         With `tell`, who hears of the instance is told when it is given up.
         """
-        losses = self._losses
+        losses = self.losses
         # Before the engine host is asked: it may tell of a wake before it answers.
         self._parked[key] = events
         for attempt in range(_TRIES):
@@ -150,7 +151,7 @@ class Rescue:
                 copies.about.woken = False
                 await host.request(pb.HostRequest(adopt=pb.Adopt(parked=copies.about)), copies.fds)
             except (EngineError, OSError) as error:
-                if losses != self._losses:
+                if losses != self.losses:
                     # That engine host died too, and `host_lost` has it.
                     return False
                 reason = error.reason if isinstance(error, EngineError) else type(error).__name__
@@ -160,7 +161,7 @@ class Rescue:
                 await asyncio.sleep(_RETRY_S)
             else:
                 return True
-        if losses != self._losses:
+        if losses != self.losses:
             return False
         self._parked.pop(key, None)
         self._belt.drop(key)

@@ -74,8 +74,6 @@ class Sleepers:
         # Stocked workers, by process id, that the engine host has given an instance that woke.
         self._given: dict[tuple[str, int], int] = {}
         self._dead: set[int] = set()
-        # How many engine hosts have died.
-        self._losses = 0
         self._refill: asyncio.TimerHandle | None = None
 
     async def claim(self, engine: str, events: EngineEvents, running: Collection[str]) -> list[Parked]:
@@ -120,7 +118,6 @@ class Sleepers:
 
     def host_lost(self, thawing: Mapping[tuple[str, int], EngineEvents]) -> None:
         """The engine host is gone, and with it the workers of `thawing`, which may have gone on from their snapshots or not."""
-        self._losses += 1
         self.found.clear()
         self.stock.clear()
         self._given.clear()
@@ -184,7 +181,7 @@ class Sleepers:
             pid = self._given.pop(key, 0)
             try:
                 if pid:
-                    ready = await self.stock.given(pid, functools.partial(self._is_gone, pid, self._losses))
+                    ready = await self.stock.given(pid, functools.partial(self._is_gone, pid, self._rescue.losses))
                     link = None if ready is None else self.stock.bind(ready, order.instance, order.epoch)
                 else:
                     pid, link = await self._fetched(order)
@@ -209,7 +206,7 @@ class Sleepers:
         )
 
     def _is_gone(self, pid: int, losses: int) -> bool:
-        return pid in self._dead or losses != self._losses
+        return pid in self._dead or losses != self._rescue.losses
 
     async def _fetched(self, order: Thaw) -> tuple[int, WorkerLink]:
         """Give a parked instance to a stocked worker, or to another one; return its process id and the line to it."""

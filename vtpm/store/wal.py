@@ -1,7 +1,7 @@
 """Room in SQLite's write-ahead log before it is needed.
 
-A commit that makes the log longer has the file system write down its new length as well: two waits for the disk in place of
-one. The log is begun anew once it has some thousand pages, so that a log which is that long from the start never grows.
+A commit that makes the log longer has the file system write down its new length as well, and waits for that. The log is begun
+anew once it has some thousand pages, so that a log which is that long from the start never grows.
 Zeros behind the last frame are no frames: SQLite's recovery stops at the first whose salt or checksum does not fit
 (https://www.sqlite.org/fileformat2.html#walformat).
 """
