@@ -17,6 +17,7 @@ from tests.integration.conftest import Tool
 from tests.support import raw, vmm
 from tests.support.daemon import DaemonProcess, worker_pids
 from tests.support.quote import verify
+from tests.support.waiting import eventually
 from vtpm.api.v1 import instance_pb2 as pb
 from vtpm.api.v1 import tpm_pb2
 from vtpm.errors import VtpmError
@@ -69,7 +70,8 @@ def test_a_process_is_gone_and_its_connections_wait(daemon: DaemonProcess, runni
     before = raw.succeed(sock, raw.pcr_read(16))
     count = processes(daemon)
     daemon.hibernate(running.name)
-    assert processes(daemon) == count - 1
+    # It was killed; that it is gone comes a moment later.
+    eventually(lambda: processes(daemon) == count - 1)
     shown = daemon.vtpm("instance", "show", running.name).stdout.decode()
     assert "hibernated" in shown
     assert daemon.get(running.name).hibernated
@@ -327,7 +329,7 @@ def test_a_drained_host_lets_nothing_start_or_wake_until_it_is_resumed(own_daemo
     daemon.create("off")
     done = daemon.vtpm("host", "drain")
     assert b"5 of 5" in done.stdout
-    assert processes(daemon) == 0
+    eventually(lambda: processes(daemon) == 0)
     status = daemon.vtpm("host", "status").stdout.decode()
     assert "5/5 hibernated" in status
     assert "drained" in status

@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from tests.integration.conftest import Tool
 from tests.support.certs import certificates, chain, revoked_serials
 from tests.support.daemon import DaemonProcess
+from tests.support.waiting import eventually
 from vtpm.api.v1 import instance_pb2 as pb
 from vtpm.api.v1 import tpm_pb2
 from vtpm.errors import VtpmError
@@ -180,12 +181,12 @@ def test_a_clear_leaves_the_certificates_and_quotes_still_work(daemon: DaemonPro
     def evicted() -> bool:
         return any(key.role == pb.EK and key.handle == 0 for key in daemon.get(name).keys)
 
-    until(evicted)
+    eventually(evicted)
     assert daemon.get(name).identity == pb.CERTIFIED
     assert not {int(item.serial, 16) for item in before.values()} & revoked_serials(daemon)
     # The same template makes the same key again.
     run("tpm2_createek", "-c", "0x81010002", "-G", "ecc", "-u", "made.pem", "-f", "pem")
-    until(lambda: not evicted())
+    eventually(lambda: not evicted())
 
 
 def test_a_new_endorsement_seed_ends_the_ek_certificates(daemon: DaemonProcess, name: str, tool: Bind) -> None:
@@ -196,7 +197,7 @@ def test_a_new_endorsement_seed_ends_the_ek_certificates(daemon: DaemonProcess, 
     run = tool(instance)
     run("tpm2_startup", "-c")
     run("tpm2_changeeps")
-    until(lambda: daemon.get(name).identity == pb.CHANGED)
+    eventually(lambda: daemon.get(name).identity == pb.CHANGED)
     changed = daemon.get(name)
     assert [key.role for key in changed.keys] == [pb.AK]
     revoked = {kind for kind, item in before.items() if int(item.serial, 16) in revoked_serials(daemon)}
@@ -214,7 +215,7 @@ def test_a_new_platform_seed_ends_the_ak_certificate(daemon: DaemonProcess, name
     run = tool(instance)
     run("tpm2_startup", "-c")
     run("tpm2_changepps")
-    until(lambda: daemon.get(name).identity == pb.CHANGED)
+    eventually(lambda: daemon.get(name).identity == pb.CHANGED)
     assert [key.role for key in daemon.get(name).keys] == [pb.EK]
     revoked = {kind for kind, item in before.items() if int(item.serial, 16) in revoked_serials(daemon)}
     assert revoked == {("AK", "ECC_P256")}
@@ -226,13 +227,6 @@ def test_a_failed_change_changes_nothing(daemon: DaemonProcess, name: str, tool:
     assert tool(instance)("tpm2_changeeps", check=False).returncode
     time.sleep(0.2)
     assert daemon.get(name).identity == pb.CERTIFIED
-
-
-def until(true: Callable[[], bool], timeout_s: float = 10) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 PLATFORMS = ["Rack “A” — 東京", "x" * 256, "quotes \" ' \\ $(date)"]

@@ -8,10 +8,10 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 
 from tests.support.daemon import ROOT, DaemonProcess
+from tests.support.waiting import eventually
 
 # What systemd does between fork and exec: descriptors from 3 on, and the pid that they are meant for.
 _LAUNCHER = """
@@ -77,12 +77,9 @@ class ManagedDaemon(DaemonProcess):
             self.process = subprocess.Popen(command, env=self.env, stdout=log, stderr=log, start_new_session=True, pass_fds=fds)
         return self.process
 
-    def eventually(self, condition: Callable[[], bool], timeout_s: float = 10) -> None:
+    def eventually(self, condition: Callable[[], bool], timeout_s: float = 20) -> None:
         """Wait until something holds."""
-        deadline = time.monotonic() + timeout_s
-        while not condition():
-            assert time.monotonic() < deadline, f"{self.stored}\n{self.log_text()[-3000:]}"
-            time.sleep(0.01)
+        eventually(condition, timeout_s, told=lambda: f"{self.stored}\n{self.log_text()[-3000:]}")
 
     def leave(self) -> None:
         """Listen to nobody any more."""
