@@ -59,8 +59,8 @@ EXIT_CONFIG: Final = 2
 _METRICS_INTERVAL_S: Final = 10.0
 # Two for each instance, and some for those that are busy.
 _DESCRIPTORS: Final = 1 << 20
-# Which part of the descriptors may be copies, as a divisor.
-_COPIES_SHARE: Final = 4
+# Which part of the descriptors no copy may take, as a divisor.
+_KEPT_FREE: Final = 8
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -113,7 +113,7 @@ class Daemon:
                 commit_timeout_s=settings.commit_timeout_s,
                 command_timeout_s=settings.command_timeout_s,
                 limits=InstanceLimits(settings.command_rate, settings.command_burst, settings.max_connections),
-                belt=Belt(manager_store, most=sandbox.descriptor_limit() // _COPIES_SHARE),
+                belt=Belt(manager_store, room=_room_for_copies),
                 judge=Claims(store, boot_id),
                 stored=given.stored,
             )
@@ -186,6 +186,12 @@ class Daemon:
                 await activated.stop_accepting()
             await api.drain(settings.drain_timeout_s)
         log.info("daemon.stopped")
+
+
+def _room_for_copies() -> int:
+    """How many descriptors more the belt may hold, below 0 how many less: connections and sockets of instances come first."""
+    limit = sandbox.descriptor_limit()
+    return limit - limit // _KEPT_FREE - sandbox.open_descriptors()
 
 
 def _observe(metrics: Metrics, report: CommitReport) -> None:

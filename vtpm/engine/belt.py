@@ -7,7 +7,7 @@ What costs time for that, and the second copies in the service manager's store, 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -20,6 +20,8 @@ from vtpm.engine.v1 import link_pb2 as pb
 log: Final = structlog.get_logger("vtpm.engine")
 
 _LATER_S: Final = 0.02
+# So many more go, so that it is not done again at once.
+_SPARE_ROOM: Final = 64
 Key = tuple[str, int]
 
 
@@ -43,14 +45,16 @@ class Copies:
 
 
 class Belt:
-    """Used from the event loop only. Without an `outer` store the copies end with this process; it holds at most `most`."""
+    """Used from the event loop only. Without an `outer` store the copies end with this process.
 
-    def __init__(self, outer: DescriptorStore | None = None, *, most: int = 1 << 20) -> None:
+    `room` tells how many descriptors more may be copies; below 0, how many of the copies have to go.
+    """
+
+    def __init__(self, outer: DescriptorStore | None = None, *, room: Callable[[], int] = lambda: 1 << 20) -> None:
         self._outer = outer
-        self._most = most
-        self._held = 0
+        self._room = room
         self._full = False
-        # By instance, which hibernates under one epoch at a time.
+        # By instance, which hibernates under one epoch at a time; the oldest first.
         self._copies: dict[str, Copies] = {}
         self._unstored: set[str] = set()
         self._unwanted_fds: list[int] = []
@@ -74,21 +78,34 @@ class Belt:
             # An engine host of an older version gives none; or this process has no room for more.
             log.warning("engine.copies_missing", instance=about.instance, got=len(fds), wanted=len(about.roles))
             self._unwanted_fds += fds
-        elif self._held + len(fds) > self._most:
-            # What this process needs its descriptors for comes first.
-            if not self._full:
-                log.warning("engine.copies_full", descriptors=self._held, most=self._most)
-            self._full = True
-            self.forget(about.instance)
-            self._unwanted_fds += fds
         else:
-            self._full = False
             self.forget(about.instance)
             self._copies[about.instance] = Copies(about, fds)
-            self._held += len(fds)
             if about.snapshot_version and self._outer is not None:
                 self._unstored.add(about.instance)
+            self.make_room()
         self._later()
+
+    @property
+    def full(self) -> bool:
+        """Whether copies had to go when one was made last."""
+        return self._full
+
+    def make_room(self) -> None:
+        """Let go of the oldest copies, if this process needs their descriptors."""
+        missing = -self._room() - len(self._unwanted_fds)
+        if missing <= 0:
+            self._full = False
+            return
+        if not self._full:
+            log.warning("engine.copies_full", instances=len(self._copies), descriptors_missing=missing)
+        self._full = True
+        missing += _SPARE_ROOM
+        while missing > 0 and self._copies:
+            instance, copies = next(iter(self._copies.items()))
+            missing -= len(copies.fds)
+            self.forget(instance)
+        self.tidy()
 
     def keep_stored(self, group: Group) -> None:
         """Take an instance's descriptors that the outer store has given back, and still has."""
@@ -127,7 +144,6 @@ class Belt:
         if copies is None:
             return
         self._unwanted_fds += copies.fds
-        self._held -= len(copies.fds)
         if copies.stored:
             self._unwanted_names += names_of(copies.about)
         self._unstored.discard(instance)

@@ -217,6 +217,8 @@ class Rescue:
     async def _fetch(self, wanted: Sequence[pb.ParkedInstance]) -> None:
         try:
             for batch in batches(wanted):
+                if self._belt.full:
+                    return
                 reply, fds = await self._fleet.ask_host_for_descriptors(pb.HostRequest(copy=pb.Copy(instances=batch)))
                 self._take(reply.copied.parked, fds)
         except EngineError as error:

@@ -300,6 +300,7 @@ class Workers:
                 kind=ErrorKind.UNIMPLEMENTED,
             )
         order.listeners = bool(listeners)
+        self.sleepers.belt.make_room()
         with SocketPairs() as pairs:
             fds = [*pairs.worker_ends, *(listener.fileno() for listener in listeners)]
             await host.request(pb.HostRequest(spawn=order), fds)

@@ -109,21 +109,30 @@ def test_a_batch_has_as_many_as_one_message_takes() -> None:
     assert list(batches([])) == []
 
 
-async def test_copies_take_no_more_than_their_share() -> None:
-    belt = Belt(most=1)
+async def test_the_oldest_copies_go_where_their_descriptors_are_needed() -> None:
+    room = 1000
+    belt = Belt(room=lambda: room)
+    peers = []
+    for number in range(100):
+        about, fds, peer = parked(1)
+        about.instance = str(uuid.UUID(int=number))
+        belt.keep(about, fds)
+        peers.append(peer)
+    belt.make_room()
+    assert not belt.full
+    assert not any(closed(peer) for peer in peers)
+    # Ten, and some more, so that it does not begin again with the next one.
+    room = -10
+    belt.make_room()
+    assert belt.full
+    assert [closed(peer) for peer in peers] == [True] * 74 + [False] * 26
     about, fds, peer = parked(1)
     belt.keep(about, fds)
-    other, more, other_peer = parked(1)
-    other.instance = str(uuid.UUID(int=2))
-    belt.keep(other, more)
+    assert all(closed(each) for each in [*peers, peer])
+    room = 1
+    about, fds, peer = parked(2)
+    belt.keep(about, fds)
     belt.tidy()
-    assert (INSTANCE, 1) in belt
-    assert (other.instance, 1) not in belt
-    assert closed(other_peer)
-    assert not closed(peer)
-    belt.forget(INSTANCE)
-    third, fds, peer = parked(2)
-    belt.keep(third, fds)
-    belt.tidy()
+    assert not belt.full
     assert not closed(peer)
     belt.close()
