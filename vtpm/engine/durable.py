@@ -13,11 +13,13 @@ import time
 import uuid
 from typing import TYPE_CHECKING, Final
 
+from cryptography.hazmat.primitives.ciphers.aead import AESGCMSIV
+
 from vtpm.crashpoints import crash_point
 from vtpm.engine.exits import EXIT_COMMIT_REFUSED, EXIT_COMMIT_TIMEOUT, Exit
 from vtpm.engine.framing import FrameReader, frame
 from vtpm.engine.v1 import link_pb2 as pb
-from vtpm.seal.envelope import Place, StateKind, seal, unseal
+from vtpm.seal.envelope import Place, StateKind, seal, seal_with, unseal
 from vtpm.tpm.codes import TPM_RC_SUCCESS, CommandCode
 from vtpm.tpm.command import HEADER
 
@@ -50,13 +52,14 @@ class DurableState:
 
     def __init__(self, tpm: SoftwareTpm, commits: socket.socket, await_daemon: Callable[[float], None]) -> None:
         self._tpm = tpm
-        self._commits = commits
+        self._commits, self._poller = commits, _poller(commits)
         self._await_daemon = await_daemon
         self.instance = uuid.UUID(int=0)
         self.epoch = 0
         self.version = 0
         self._snapshot_version = 0
         self._data_key = b""
+        self._cipher: AESGCMSIV | None = None
         self._timeout_s = 60.0
         # Commands that may have ended a key's life and that no daemon has dealt with; who is told of the first of them.
         self.identity_ordinals: set[int] = set()
@@ -84,7 +87,7 @@ class DurableState:
         self.instance = uuid.UUID(bytes=order.place.instance)
         place = Place(self.instance, StateKind.PERMANENT, order.place.epoch, order.place.version)
         permanent = unseal(order.data_key, place, order.sealed)
-        self._data_key = order.data_key
+        self._data_key, self._cipher = order.data_key, None
         self.epoch, self.version = order.epoch, order.place.version
         self._snapshot_version = order.snapshot_version
         self._timeout_s = order.commit_timeout_ms / 1000
@@ -141,7 +144,9 @@ class DurableState:
         crash_point("worker.before_seal")
         self.version += 1
         place = Place(self.instance, StateKind.PERMANENT, self.epoch, self.version)
-        sealed = seal(self._data_key, place, tpm.permanent)
+        if self._cipher is None:
+            self._cipher = AESGCMSIV(self._data_key)
+        sealed = seal_with(self._cipher, place, tpm.permanent)
         tpm.dirty = False
         crash_point("worker.before_commit")
         self._made_durable(pb.Commit(epoch=self.epoch, version=self.version, sealed=sealed))
@@ -187,18 +192,19 @@ class DurableState:
     def use(self, commits: socket.socket) -> None:
         """Go on with another daemon's socket."""
         self._commits.close()
-        self._commits = commits
+        self._commits, self._poller = commits, _poller(commits)
 
     def _try_commit(self, message: bytes, version: int, deadline: float) -> bool | None:
         """Send and wait for the answer: True for durable, False for a snapshot that was not taken, None without a daemon."""
         reader = FrameReader()
+        commits = self._commits
         try:
-            self._commits.sendall(message)
+            commits.sendall(message)
             while True:
                 data = self._receive_soon()
                 if data is None:
-                    await_readable(self._commits, deadline)
-                    data = self._commits.recv(4096)
+                    await_readable(commits, deadline, self._poller)
+                    data = commits.recv(4096)
                 if not data:
                     return None
                 for reply in reader.feed(data):
@@ -235,9 +241,15 @@ class DurableState:
         return None
 
 
-def await_readable(sock: socket.socket, deadline: float) -> None:
-    """Wait for `sock` until `deadline` (time.monotonic); then the worker ends."""
-    poller = select.poll()
-    poller.register(sock, select.POLLIN)
+def await_readable(sock: socket.socket, deadline: float, poller: select.poll | None = None) -> None:
+    """Wait for `sock` until `deadline` (time.monotonic); then the worker ends. `poller` has it, and nothing else."""
+    if poller is None:
+        poller = _poller(sock)
     if not poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
         raise Exit(EXIT_COMMIT_TIMEOUT)
+
+
+def _poller(sock: socket.socket) -> select.poll:
+    poller = select.poll()
+    poller.register(sock, select.POLLIN)
+    return poller
