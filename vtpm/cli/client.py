@@ -14,6 +14,13 @@ if TYPE_CHECKING:
 _TIMEOUT_S: Final = 120.0
 _CONNECT_TIMEOUT_S: Final = 10.0
 _ERROR_DOMAIN: Final = "vtpm"
+# A daemon that restarts is there again within a second or two, and on this host it costs nothing to look often.
+_OPTIONS: Final = (
+    ("grpc.max_receive_message_length", 64 << 20),
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.min_reconnect_backoff_ms", 50),
+    ("grpc.max_reconnect_backoff_ms", 200),
+)
 
 
 class Client:
@@ -31,7 +38,7 @@ class Client:
         )
 
         self.address = address
-        self._channel = grpc.insecure_channel(address, options=[("grpc.max_receive_message_length", 64 << 20)])
+        self._channel = grpc.insecure_channel(address, options=_OPTIONS)
         self.instances = instance_pb2_grpc.InstanceServiceStub(self._channel)
         self.host = instance_pb2_grpc.HostServiceStub(self._channel)
         self.durability = durability_pb2_grpc.DurabilityServiceStub(self._channel)
