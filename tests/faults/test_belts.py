@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import signal
 import socket
+import sqlite3
 import time
 from pathlib import Path
 
 from tests.faults.test_hibernation_crashes import measured
 from tests.support import raw, vmm
 from tests.support.daemon import DaemonProcess, spare_pids
+from tests.support.waiting import eventually
 from vtpm.api.v1 import instance_pb2 as pb
 from vtpm.errors import VtpmError
 
@@ -38,6 +41,15 @@ def answer_of(sock: socket.socket) -> bytes:
         return raw.receive(sock)
     except ConnectionResetError:
         return b""
+
+
+def sockets_of(pid: int) -> int:
+    """How many sockets a process has open."""
+    count = 0
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            count += str(link.readlink()).startswith("socket:")
+    return count
 
 
 def kill_host(daemon: DaemonProcess) -> None:
@@ -133,8 +145,10 @@ def test_a_new_daemon_has_copies_of_what_it_finds(own_daemon: DaemonProcess) -> 
         daemon.hibernate(f"vm-{number}")
     daemon.kill()
     daemon.start()
-    # They come when it serves already.
-    time.sleep(0.5)
+    # They come when it serves already: of each two listeners and two connections, beside the two that it has anyway.
+    assert daemon.process is not None
+    pid = daemon.process.pid
+    eventually(lambda: sockets_of(pid) >= 5 * 6)
     kill_host(daemon)
     for _, data, before in guests:
         assert raw.succeed(data, raw.pcr_read(16)) == before
@@ -168,7 +182,8 @@ def test_nobody_can_say_what_a_worker_did_that_died_with_its_engine_host_in_the_
     for pid in spare_pids(host):
         os.kill(pid, signal.SIGSTOP)
     data.sendall(raw.pcr_read(16))
-    time.sleep(0.3)
+    with sqlite3.connect(daemon.state_dir / "vtpm.db") as store:
+        eventually(lambda: store.execute("SELECT count(*) FROM snapshot_uses").fetchone() == (1,))
     kill_host(daemon)
     assert daemon.until("vm", pb.FAILED).failure.reason in ("ENGINE_HOST_LOST", "SNAPSHOT_MISSING")
     assert answer_of(data) == vm.control.recv(1) == b""

@@ -14,7 +14,7 @@ import pytest
 
 from tests.faults.test_crash_points import crash_at
 from tests.support import raw
-from tests.support.daemon import DaemonProcess, spare_pids, worker_pids
+from tests.support.daemon import DaemonProcess, kill_all, spare_pids, worker_pids
 from vtpm.api.v1 import instance_pb2 as pb
 from vtpm.errors import VtpmError
 
@@ -109,8 +109,7 @@ def test_spares_may_die(own_daemon: DaemonProcess) -> None:
     daemon.hibernate("web-1")
     host = daemon.client.host.GetHost(pb.GetHostRequest()).engine_host_pid
     for _ in range(5):
-        for pid in spare_pids(host):
-            os.kill(pid, signal.SIGKILL)
+        kill_all(spare_pids(host))
         assert raw.succeed(sock, raw.pcr_read(16)) == before
         daemon.hibernate("web-1")
 
@@ -148,9 +147,7 @@ def test_workers_die_while_they_hibernate_and_thaw(own_daemon: DaemonProcess) ->
             with contextlib.suppress(VtpmError):
                 daemon.client.instances.HibernateInstance.future(pb.HibernateInstanceRequest(instance=name))
         time.sleep(0.0007 * number)
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        kill_all(pids)
         outcomes.add(outcome(daemon, name, before))
     assert outcomes <= {pb.ON, pb.FAILED}
 

@@ -15,7 +15,7 @@ import pytest
 
 from tests.integration.conftest import Tool
 from tests.support import raw, vmm
-from tests.support.daemon import DaemonProcess, worker_pids
+from tests.support.daemon import DaemonProcess, kill_all, worker_pids
 from tests.support.quote import verify
 from tests.support.waiting import eventually
 from vtpm.api.v1 import instance_pb2 as pb
@@ -286,8 +286,7 @@ def test_a_snapshot_is_used_once(own_daemon: DaemonProcess) -> None:
     # Its worker dies. What was in the TPM since is lost, and nothing older takes its place.
     host = daemon.client.host.GetHost(pb.GetHostRequest()).engine_host_pid
     daemon.stop()
-    for pid in worker_pids(host):
-        os.kill(pid, signal.SIGKILL)
+    kill_all(worker_pids(host))
     daemon.start()
     assert daemon.get("web-1").state == pb.FAILED
     assert daemon.get("web-1").failure.reason == "WORKER_LOST"

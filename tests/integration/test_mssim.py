@@ -6,9 +6,7 @@ import contextlib
 import hashlib
 import itertools
 import json
-import os
 import random
-import signal
 import socket
 import struct
 import time
@@ -19,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import raw
-from tests.support.daemon import DaemonProcess, worker_pids
+from tests.support.daemon import DaemonProcess, kill_all, worker_pids
 from tests.support.mssim import DONE, REFUSED, SEND_COMMAND, Simulator, receive, rest
 from tests.support.ports import free_pair
 from vtpm.api.v1 import instance_pb2 as pb
@@ -184,8 +182,7 @@ def test_a_client_that_connects_does_not_give_a_failed_instance_fresh_pcrs(own_d
     own_daemon.running("vm-a")
     simulator = Simulator(own_daemon, "vm-a", port, tmp_path)
     simulator.tool("tpm2_pcrextend", f"16:sha256={'ab' * 32}")
-    for worker in worker_pids(own_daemon.client.host.GetHost(pb.GetHostRequest()).engine_host_pid):
-        os.kill(worker, signal.SIGKILL)
+    kill_all(worker_pids(own_daemon.client.host.GetHost(pb.GetHostRequest()).engine_host_pid))
     own_daemon.until("vm-a", pb.FAILED)
     assert simulator.signal(POWER_ON) == REFUSED
     assert simulator.tool("tpm2_pcrread", "sha256:16", check=False).returncode

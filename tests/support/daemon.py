@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -206,6 +206,13 @@ def spare_pids(host_pid: int) -> list[int]:
     """The processes that it forked ahead."""
     children = Path(f"/proc/{host_pid}/task/{host_pid}/children")
     return [int(pid) for pid in children.read_text().split() if is_spare(int(pid))]
+
+
+def kill_all(pids: Iterable[int]) -> None:
+    """SIGKILL to each; one that has ended since they were counted is dead already."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def is_spare(pid: int) -> bool:
