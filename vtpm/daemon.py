@@ -26,13 +26,13 @@ from vtpm.api.server import ApiServer
 from vtpm.certification import begin_upkeep, look_after_identities, open_desk
 from vtpm.config import Settings
 from vtpm.engine import sandbox
-from vtpm.engine.belt import Belt
+from vtpm.engine.belt import Belt, Room
 from vtpm.engine.committer import CommitReport, Committer
 from vtpm.engine.limits import InstanceLimits
 from vtpm.engine.stats import BUCKETS_NS
 from vtpm.engine.worker_engine import worker_engines
 from vtpm.engine.workers import Workers
-from vtpm.errors import ConfigError, VtpmError
+from vtpm.errors import ConfigError, UnavailableError, VtpmError
 from vtpm.instance.activation import Activations
 from vtpm.instance.anchors import open_freshness
 from vtpm.instance.claims import Claims
@@ -57,10 +57,10 @@ EXIT_OK: Final = 0
 EXIT_FAILED: Final = 1
 EXIT_CONFIG: Final = 2
 _METRICS_INTERVAL_S: Final = 10.0
-# Two for each instance, and some for those that are busy.
+# Of an instance that is ON, in this process.
+_SOCKETS_EACH: Final = 2
+# Those of each instance, and some for those that are busy.
 _DESCRIPTORS: Final = 1 << 20
-# Which part of the descriptors no copy may take, as a divisor.
-_KEPT_FREE: Final = 8
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -106,6 +106,7 @@ class Daemon:
             manager_store = ServiceManagerStore.open(os.environ, [name for name, _ in given.stored])
             if manager_store is not None:
                 stack.callback(manager_store.close)
+            room = Room(to_come=_SOCKETS_EACH * sum(store.counts().values()))
             workers = Workers(
                 settings.runtime_dir,
                 committer,
@@ -113,7 +114,7 @@ class Daemon:
                 commit_timeout_s=settings.commit_timeout_s,
                 command_timeout_s=settings.command_timeout_s,
                 limits=InstanceLimits(settings.command_rate, settings.command_burst, settings.max_connections),
-                belt=Belt(manager_store, room=_room_for_copies),
+                belt=Belt(manager_store, room=room.left),
                 judge=Claims(store, boot_id),
                 stored=given.stored,
             )
@@ -168,6 +169,9 @@ class Daemon:
             )
             await api.start()
             stack.push_async_callback(api.stop)
+            # The guest sockets come with the loop's next turn.
+            await asyncio.sleep(0)
+            room.to_come = 0
             activated = ActivatedListener(listener, own_socket) if listener and own_socket else None
             if activated is not None:
                 stack.push_async_callback(activated.close)
@@ -186,12 +190,6 @@ class Daemon:
                 await activated.stop_accepting()
             await api.drain(settings.drain_timeout_s)
         log.info("daemon.stopped")
-
-
-def _room_for_copies() -> int:
-    """How many descriptors more the belt may hold, below 0 how many less: connections and sockets of instances come first."""
-    limit = sandbox.descriptor_limit()
-    return limit - limit // _KEPT_FREE - sandbox.open_descriptors()
 
 
 def _observe(metrics: Metrics, report: CommitReport) -> None:
@@ -290,6 +288,11 @@ def main(arguments: list[str]) -> int:
         return _say(error, EXIT_CONFIG)
     except VtpmError as error:
         return _say(error, EXIT_FAILED)
+    except OSError as error:
+        if error.errno not in (errno.EMFILE, errno.ENFILE):
+            raise
+        text = "the daemon has no descriptor left for the sockets of its instances; raise LimitNOFILE= (ulimit -n)"
+        return _say(UnavailableError("DESCRIPTORS_EXHAUSTED", text), EXIT_FAILED)
     return EXIT_OK
 
 

@@ -11,6 +11,8 @@ import sqlite3
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.faults.test_hibernation_crashes import measured
 from tests.support import raw, vmm
 from tests.support.daemon import DaemonProcess, spare_pids
@@ -136,6 +138,35 @@ def test_a_daemon_without_descriptors_says_so_and_goes_on_when_it_has_some(own_d
         daemon.vtpm("instance", "stop", "web-2")
     assert raw.succeed(sock, raw.pcr_read(16)) == expected
     assert daemon.power_on("web-2").state == pb.ON
+
+
+def test_few_descriptors_are_for_the_sockets_of_instances_first() -> None:
+    daemon = DaemonProcess(environment={"VTPM_IDLE_TIMEOUT_S": "0"})
+    daemon.prefix = ["prlimit", "--nofile=256:256"]
+    names = [f"web-{number}" for number in range(70)]
+    with daemon:
+        before = {}
+        for name in names:
+            sock, before[name] = measured(daemon, name)
+            sock.close()
+            daemon.hibernate(name)
+        assert "engine.copies_full" in daemon.log_text()
+        for end in (daemon.kill, daemon.stop):
+            end()
+            daemon.start()
+            for name in names[::7]:
+                with raw.connect(daemon.get(name).tpm_socket) as sock:
+                    assert raw.succeed(sock, raw.pcr_read(16)) == before[name]
+                daemon.hibernate(name)
+        # And with too few even for those it says so.
+        daemon.stop()
+        daemon.prefix = ["prlimit", "--nofile=100:100"]
+        with pytest.raises(RuntimeError, match="DESCRIPTORS_EXHAUSTED"):
+            daemon.start()
+        daemon.prefix = []
+        daemon.start()
+        with raw.connect(daemon.get("web-1").tpm_socket) as sock:
+            assert raw.succeed(sock, raw.pcr_read(16)) == before["web-1"]
 
 
 def test_a_new_daemon_has_copies_of_what_it_finds(own_daemon: DaemonProcess) -> None:

@@ -37,6 +37,8 @@ class DaemonProcess:
         self.environment = dict(environment or {})
         # The code that is run; a test may have another version of it.
         self.code = ROOT
+        # What starts it, in front of its own command.
+        self.prefix: list[str] = []
         self.process: subprocess.Popen[bytes] | None = None
         self._client: Client | None = None
         self._hosts: set[int] = set()
@@ -65,7 +67,7 @@ class DaemonProcess:
         """Start the process and return at once."""
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, str(self.code / "server.py"), *flags],
+                [*self.prefix, sys.executable, str(self.code / "server.py"), *flags],
                 env=self.env,
                 stdout=log,
                 stderr=log,

@@ -13,7 +13,7 @@ from typing import Final, Protocol
 
 import structlog
 
-from vtpm.engine import descriptors
+from vtpm.engine import descriptors, sandbox
 from vtpm.engine.copy_names import Group, names_of
 from vtpm.engine.v1 import link_pb2 as pb
 
@@ -22,6 +22,8 @@ log: Final = structlog.get_logger("vtpm.engine")
 _LATER_S: Final = 0.02
 # So many more go, so that it is not done again at once.
 _SPARE_ROOM: Final = 64
+# Which part of its descriptors a process keeps free of copies, as a divisor.
+_KEPT_FREE: Final = 8
 Key = tuple[str, int]
 
 
@@ -33,6 +35,19 @@ class DescriptorStore(Protocol):
 
     def remove(self, names: Collection[str]) -> None:
         """Let go of what has these names."""
+
+
+class Room:
+    """How many descriptors may be copies: this process' limit without what is open, `to_come`, and an eighth to spare."""
+
+    def __init__(self, to_come: int) -> None:
+        # What the sockets of instances are going to take, as long as the daemon starts.
+        self.to_come = to_come
+
+    def left(self) -> int:
+        """Descriptors for further copies; below 0, how many copies have to go."""
+        limit = sandbox.descriptor_limit()
+        return limit - limit // _KEPT_FREE - self.to_come - sandbox.open_descriptors()
 
 
 @dataclass(slots=True)
