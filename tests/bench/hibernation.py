@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +17,11 @@ from vtpm.api.v1 import instance_pb2 as pb
 _QUIET = {"VTPM_IDLE_TIMEOUT_S": "0", "VTPM_LOG_LEVEL": "warning"}
 _ROUNDS = 300
 _REST_S = 0.05
-# The bound is for this many; making them takes some minutes.
-_INSTANCES = int(os.environ.get("VTPM_BENCH_INSTANCES", "10000"))
+# Each takes two descriptors in the daemon and two in the engine host, which need some for themselves.
+_LIMIT = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+_ROOM = 10_000 if _LIMIT == resource.RLIM_INFINITY else (_LIMIT - 400) // 2
+# The bound is for ten thousand; making them takes some minutes.
+_INSTANCES = int(os.environ.get("VTPM_BENCH_INSTANCES", min(10_000, _ROOM)))
 _MAX_MEMORY_MB = 300
 _MAX_STORE_KB = 25
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 
 from tests.bench.flood import COMMANDS, flood, flooding
 from tests.bench.measure import Row, micros
@@ -21,6 +26,7 @@ _READS = 2000
 _WRITES = 500
 _PAUSE_S = 0.0005
 _QUIET_ROUNDS = 5
+_START_S = 0.2
 # How a VM can be hostile: what it asks without a pause, on how many connections. Half of what it may have: those of the round
 # before may not be gone yet.
 _HOSTILE = (("PCR_Read", 1), ("PCR_Read", 8), ("NV_Increment", 8), ("CreatePrimary", 8))
@@ -80,18 +86,44 @@ def hostile() -> list[Row]:
             with raw.connect(each) as sock:
                 raw.succeed(sock, raw.nv_define(raw.COUNTER, counter=True))
                 raw.succeed(sock, raw.nv_increment())
-        rows = [_beside(quiet, "PCR_Read", _READS, path, *flooded) for flooded in _HOSTILE]
-        rows.append(_beside(quiet, "NV_Increment", _WRITES, path, "NV_Increment", 8))
+        rows = [_beside_flood(quiet, "PCR_Read", _READS, path, *flooded) for flooded in _HOSTILE]
+        rows.append(_beside_flood(quiet, "NV_Increment", _WRITES, path, "NV_Increment", 8))
+        # What the machine alone does to whoever wakes while its cores are busy.
+        count = os.cpu_count() or 1
+        base, value = _compared(quiet, "PCR_Read", _READS, lambda: _calculating(count))
+        what = f"p99 of PCR_Read beside {count} processes that calculate and use no TPM (peer: without them)"
+        rows.append(Row(what, micros(value), micros(base), f"{value / base:.2f}", "none", within=True))
         return rows
 
 
-def _beside(quiet: Sequence[str], asked: str, count: int, path: str, flooded: str, connections: int) -> Row:
+@contextlib.contextmanager
+def _calculating(count: int) -> Iterator[None]:
+    """Keep `count` cores busy with what has nothing to do with us."""
+    command = [sys.executable, "-c", "while True: pass"]
+    processes = [subprocess.Popen(command, start_new_session=True) for _ in range(count)]
+    try:
+        time.sleep(_START_S)
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def _compared(
+    quiet: Sequence[str], asked: str, count: int, hostile: Callable[[], AbstractContextManager[None]]
+) -> tuple[float, float]:
+    """The p99 of quiet VMs without and with what `hostile` starts, in turns."""
     without, beside = [], []
     for _ in range(_QUIET_ROUNDS):
         without.append(_p99(quiet, COMMANDS[asked], count))
-        with flooding(path, flooded, connections):
+        with hostile():
             beside.append(_p99(quiet, COMMANDS[asked], count))
-    base, value = statistics.median(without), statistics.median(beside)
+    return statistics.median(without), statistics.median(beside)
+
+
+def _beside_flood(quiet: Sequence[str], asked: str, count: int, path: str, flooded: str, connections: int) -> Row:
+    base, value = _compared(quiet, asked, count, lambda: flooding(path, flooded, connections))
     return Row(
         f"p99 of {asked} beside a VM that floods {flooded} on {connections} connections (peer: without it)",
         micros(value),

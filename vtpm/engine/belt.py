@@ -22,6 +22,8 @@ log: Final = structlog.get_logger("vtpm.engine")
 _LATER_S: Final = 0.02
 # So many more go, so that it is not done again at once.
 _SPARE_ROOM: Final = 64
+# To count what is open takes the longer the more there is: not for each that comes, and often enough for what is kept free.
+_LOOK_EVERY: Final = 16
 # Which part of its descriptors a process keeps free of copies, as a divisor.
 _KEPT_FREE: Final = 8
 Key = tuple[str, int]
@@ -69,6 +71,8 @@ class Belt:
         self._outer = outer
         self._room = room
         self._full = False
+        # Descriptors that came since `room` was asked.
+        self._unlooked = 0
         # By instance, which hibernates under one epoch at a time; the oldest first.
         self._copies: dict[str, Copies] = {}
         self._unstored: set[str] = set()
@@ -98,7 +102,9 @@ class Belt:
             self._copies[about.instance] = Copies(about, fds)
             if about.snapshot_version and self._outer is not None:
                 self._unstored.add(about.instance)
-            self.make_room()
+            self._unlooked += len(fds)
+            if self._unlooked >= _LOOK_EVERY or self._full:
+                self.make_room()
         self._later()
 
     @property
@@ -108,6 +114,7 @@ class Belt:
 
     def make_room(self) -> None:
         """Let go of the oldest copies, if this process needs their descriptors."""
+        self._unlooked = 0
         missing = -self._room() - len(self._unwanted_fds)
         if missing <= 0:
             self._full = False
