@@ -190,7 +190,10 @@ def open_descriptors() -> int:
     if count := Path("/proc/self/fd").stat().st_size:
         return count
     # The lowest number that is free: numbers are given again, so there are few holes.
-    lowest = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        lowest = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return descriptor_limit()
     os.close(lowest)
     return lowest
 
