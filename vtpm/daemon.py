@@ -14,7 +14,7 @@ import fcntl
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -44,6 +44,7 @@ from vtpm.instance.watch import ChangeHub
 from vtpm.log import configure
 from vtpm.metrics import Metrics
 from vtpm.seal.keys import load_key_provider
+from vtpm.store.model import InstanceState
 from vtpm.store.store import Store
 from vtpm.wire.fdstore import ServiceManagerStore
 from vtpm.wire.mssim import MssimServers
@@ -57,8 +58,8 @@ EXIT_OK: Final = 0
 EXIT_FAILED: Final = 1
 EXIT_CONFIG: Final = 2
 _METRICS_INTERVAL_S: Final = 10.0
-# Of an instance that is ON, in this process.
-_SOCKETS_EACH: Final = 2
+# Beside the sockets of instances: the store's, gRPC's, and what calls and commits need.
+_OWN_DESCRIPTORS: Final = 48
 # Those of each instance, and some for those that are busy.
 _DESCRIPTORS: Final = 1 << 20
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
@@ -106,7 +107,7 @@ class Daemon:
             manager_store = ServiceManagerStore.open(os.environ, [name for name, _ in given.stored])
             if manager_store is not None:
                 stack.callback(manager_store.close)
-            room = Room(to_come=_SOCKETS_EACH * sum(store.counts().values()))
+            room = Room(to_come=_sockets_of(store.counts()))
             workers = Workers(
                 settings.runtime_dir,
                 committer,
@@ -190,6 +191,20 @@ class Daemon:
                 await activated.stop_accepting()
             await api.drain(settings.drain_timeout_s)
         log.info("daemon.stopped")
+
+
+def _sockets_of(counts: Mapping[InstanceState, int]) -> int:
+    """How many sockets the daemon listens on for instances: one each, and one more for what is ON.
+
+    Raises:
+        UnavailableError: DESCRIPTORS_EXHAUSTED, it may not open so many; halfway through, libraries would end the process.
+    """
+    sockets = sum(counts.values()) + counts.get(InstanceState.ON, 0)
+    wanted, limit = sandbox.open_descriptors() + sockets + _OWN_DESCRIPTORS, sandbox.descriptor_limit()
+    if wanted > limit:
+        text = f"the sockets of the instances need {wanted:,} descriptors, and the daemon may open {limit:,}"
+        raise UnavailableError("DESCRIPTORS_EXHAUSTED", text, remedy="raise LimitNOFILE= of the unit (ulimit -Hn)")
+    return sockets
 
 
 def _observe(metrics: Metrics, report: CommitReport) -> None:
@@ -288,11 +303,6 @@ def main(arguments: list[str]) -> int:
         return _say(error, EXIT_CONFIG)
     except VtpmError as error:
         return _say(error, EXIT_FAILED)
-    except OSError as error:
-        if error.errno not in (errno.EMFILE, errno.ENFILE):
-            raise
-        text = "the daemon has no descriptor left for the sockets of its instances; raise LimitNOFILE= (ulimit -n)"
-        return _say(UnavailableError("DESCRIPTORS_EXHAUSTED", text), EXIT_FAILED)
     return EXIT_OK
 
 

@@ -14,11 +14,12 @@ if TYPE_CHECKING:
 _TIMEOUT_S: Final = 120.0
 _CONNECT_TIMEOUT_S: Final = 10.0
 _ERROR_DOMAIN: Final = "vtpm"
-# A daemon that restarts is there again within a second or two, and on this host it costs nothing to look often.
+# A daemon that restarts is there again within a second or two, and on this host it costs nothing to look often. Not
+# `min_reconnect_backoff_ms`: that is also how long a connection may wait for whoever is to accept it, and behind a socket of
+# systemd that is the next daemon.
 _OPTIONS: Final = (
     ("grpc.max_receive_message_length", 64 << 20),
     ("grpc.initial_reconnect_backoff_ms", 50),
-    ("grpc.min_reconnect_backoff_ms", 50),
     ("grpc.max_reconnect_backoff_ms", 200),
 )
 
