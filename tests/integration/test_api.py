@@ -140,8 +140,8 @@ async def test_a_watch_tells_what_exists_and_then_every_change(daemon: DaemonPro
     async with grpc.aio.insecure_channel(daemon.client.address) as channel:
         from vtpm.api.v1.instance_pb2_grpc import InstanceServiceStub
 
-        stub: object = InstanceServiceStub(channel)
-        call = stub.WatchInstances(pb.WatchInstancesRequest(filter=f"name:{name}"), timeout=30)  # type: ignore[attr-defined]
+        stub: Any = InstanceServiceStub(channel)
+        call = stub.WatchInstances(pb.WatchInstancesRequest(filter=f"name:{name}"), timeout=30)
         events = aiter(call)
         assert [(await anext(events)).type for _ in range(2)] == [pb.InstanceEvent.EXISTING, pb.InstanceEvent.SYNCED]
         await asyncio.to_thread(daemon.create, f"{name}-2")

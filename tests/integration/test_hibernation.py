@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import sqlite3
 import struct
 import time
@@ -32,9 +33,9 @@ def processes(daemon: DaemonProcess) -> int:
     return len(worker_pids(daemon.client.host.GetHost(pb.GetHostRequest()).engine_host_pid))
 
 
-def read_clock(sock: object) -> tuple[int, int, int, int]:
+def read_clock(sock: socket.socket) -> tuple[int, int, int, int]:
     """TPM2_ReadClock: time, clock, reset count, restart count."""
-    response = raw.succeed(sock, build(CommandCode.ReadClock, b""))  # type: ignore[arg-type]
+    response = raw.succeed(sock, build(CommandCode.ReadClock, b""))
     return struct.unpack_from(">QQII", response, 10)
 
 

@@ -75,7 +75,8 @@ def test_keys_are_in_the_key_file_alone(own_daemon: DaemonProcess) -> None:
     others = b"".join(p.read_bytes() for p in daemon.root.rglob("*") if p.is_file() and p != key_file)
     for secret in secrets:
         assert secret.encode() not in others
-    arguments = b"".join(Path(f"/proc/{pid}/cmdline").read_bytes() for pid in (worker_of(daemon), daemon.process.pid))  # type: ignore[union-attr]
+    assert daemon.process is not None
+    arguments = b"".join(Path(f"/proc/{pid}/cmdline").read_bytes() for pid in (worker_of(daemon), daemon.process.pid))
     assert not any(secret.encode() in arguments for secret in secrets)
 
 

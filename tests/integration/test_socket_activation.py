@@ -60,7 +60,8 @@ def activated() -> Iterator[Activated]:
     """A daemon that answers on a socket that is not its own."""
     daemon = Activated()
     try:
-        yield daemon.start()  # type: ignore[misc]
+        daemon.start()
+        yield daemon
     finally:
         daemon.close()
 

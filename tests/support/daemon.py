@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from vtpm.api.v1 import instance_pb2 as pb
 from vtpm.cli.client import Client
@@ -152,10 +153,10 @@ class DaemonProcess:
             raise AssertionError(f"vtpm {' '.join(arguments)}: {done.returncode}: {done.stderr.decode()}")
         return done
 
-    def create(self, name: str, **fields: object) -> pb.Instance:
+    def create(self, name: str, **fields: Any) -> pb.Instance:
         """Create an instance; fast keys unless a profile is given."""
         fields.setdefault("profile", pb.Profile(ek_algorithms=[pb.ECC_P256]))
-        request = pb.CreateInstanceRequest(name=name, **fields)  # type: ignore[arg-type]
+        request = pb.CreateInstanceRequest(name=name, **fields)
         made: pb.Instance = self.client.call(self.client.instances.CreateInstance, request)
         return made
 

@@ -6,7 +6,7 @@ import contextlib
 import select
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tests.support.daemon import DaemonProcess
@@ -39,8 +39,8 @@ class Interrupter:
         for listener, suffix in zip(listeners, ("", ".ctrl"), strict=True):
             self._begin(self._accept, listener, f"{instance.tpm_socket}{suffix}")
 
-    def _begin(self, target: object, *arguments: object) -> None:
-        thread = threading.Thread(target=target, args=arguments, daemon=True)  # type: ignore[arg-type]
+    def _begin(self, target: Callable[..., None], *arguments: object) -> None:
+        thread = threading.Thread(target=target, args=arguments, daemon=True)
         thread.start()
         self._threads.append(thread)
 

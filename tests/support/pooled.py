@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 import time
 import uuid
+from collections.abc import Set
 
 from tests.support.daemon import DaemonProcess
 
@@ -15,7 +16,7 @@ def members(daemon: DaemonProcess) -> set[str]:
         return {str(uuid.UUID(row[0])) for row in store.execute("SELECT instance FROM pool")}
 
 
-def filled(daemon: DaemonProcess, size: int, *, without: set[str] = frozenset(), timeout_s: float = 30) -> set[str]:  # type: ignore[assignment]
+def filled(daemon: DaemonProcess, size: int, *, without: Set[str] = frozenset(), timeout_s: float = 30) -> set[str]:
     """Wait until the pool has `size` members, none of them of `without`."""
     deadline = time.monotonic() + timeout_s
     while len(found := members(daemon)) != size or found & without:

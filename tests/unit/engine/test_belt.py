@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import uuid
 from collections.abc import Collection, Sequence
 
-from vtpm.engine.belt import Belt
+from vtpm.engine import descriptors
+from vtpm.engine.belt import Belt, Room
 from vtpm.engine.copy_names import names_of
 from vtpm.engine.rescue import batches
 from vtpm.engine.v1 import link_pb2 as pb
@@ -136,3 +138,17 @@ async def test_the_oldest_copies_go_where_their_descriptors_are_needed() -> None
     assert not belt.full
     assert not closed(peer)
     belt.close()
+
+
+def test_room_is_what_the_limit_leaves() -> None:
+    room = Room(to_come=0)
+    free = room.left()
+    room.to_come = 100
+    assert room.left() == free - 100
+    # An older kernel does not count, and tells about as many.
+    opened = [os.eventfd(0) for _ in range(200)]
+    try:
+        assert free - 310 <= room.left() <= free - 200
+    finally:
+        descriptors.close_all(opened)
+    assert room.left() == free - 100
