@@ -162,6 +162,8 @@ class Daemon:
                 vsock = VsockServer(Relay(manager, settings.vsock_cids), settings.vsock_port)
                 vsock.start()
                 stack.push_async_callback(vsock.close)
+            # Before anybody can ask for an instance: what waits in the pool is for the first of them too.
+            await begin_upkeep(manager, lifecycle, creation, settings, stack)
             listener = given.listener
             own_socket = settings.runtime_dir / "api.sock" if listener else None
             activations = Activations(lifecycle, creation.identity, timeout_s=settings.activation_timeout_s)
@@ -177,7 +179,6 @@ class Daemon:
             if activated is not None:
                 stack.push_async_callback(activated.close)
                 activated.start()
-            await begin_upkeep(manager, lifecycle, creation, settings, stack)
             if settings.metrics_address:
                 metrics.start_http_server(settings.metrics_address)
                 observer = asyncio.get_running_loop().create_task(_observe_instances(manager, metrics))
