@@ -63,7 +63,7 @@ Global___Role: _TypeAlias = Role  # noqa: Y015
 
 @_typing.final
 class HostRequest(_message.Message):
-    """---- daemon <-> engine host: length-prefixed, descriptors by SCM_RIGHTS -------------------------------------------------"""
+    """---- daemon <-> engine host: SOCK_SEQPACKET, a message each, descriptors by SCM_RIGHTS ----------------------------------"""
 
     DESCRIPTOR: _descriptor.Descriptor
 
