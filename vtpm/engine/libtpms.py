@@ -6,11 +6,15 @@ the engine is in this file. Memory: buffers that libtpms allocates come from its
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any, Final
 
 from vtpm.engine.libtpms_abi import ffi
+from vtpm.engine.randomness import freshen
 from vtpm.errors import EngineError
+from vtpm.tpm.codes import response_code_name
 from vtpm.tpm.command import MAX_COMMAND_SIZE
+from vtpm.tpm.service import response_code, stir_random_command
 
 if TYPE_CHECKING:
     from vtpm.engine.software import Response
@@ -26,6 +30,10 @@ _VOLATILE: Final = b"volatilestate"
 _MAX_STATE_SIZE: Final = 4 << 20
 _STATE_PERMANENT: Final = 1
 _INFO_FLAGS: Final = 7
+_STIR_SIZE: Final = 32
+_RC_SUCCESS: Final = 0
+_RC_INITIALIZE: Final = 0x100
+_RC_FAILURE: Final = 0x101
 _libc: Final[Any] = _ffi.dlopen(None)
 
 
@@ -176,12 +184,16 @@ class Libtpms:
     def power_on(self, permanent: bytes, volatile: bytes | None = None) -> None:
         """Power on (_TPM_Init) with the given permanent state, going on from `volatile` if given.
 
+        Every load of a volatile state is here, so here it gets random numbers of its own (vtpm.engine.randomness). A permanent
+        state needs nothing: libtpms reseeds in TPM2_Startup.
+
         Raises:
             EngineError: libtpms refuses the state; nothing was made in its place.
         """
         if self._on:
             self.power_off()
-        self.permanent, self._volatile = permanent, volatile
+        fresh = freshen(volatile, os.urandom) if volatile is not None else None
+        self.permanent, self._volatile = permanent, volatile if fresh is None else fresh
         try:
             if self._holds_state:
                 self._check(self._lib.TPMLIB_SetState(_STATE_PERMANENT, permanent, len(permanent)), "TPMLIB_SetState")
@@ -189,6 +201,8 @@ class Libtpms:
             self._holds_state = True
             self._check(self._lib.TPMLIB_MainInit(), "TPMLIB_MainInit")
             self._holds_state = False
+            if volatile is not None and fresh is None:
+                self._stir()
         except EngineError:
             # It counts as initialised, and would take no state.
             self._lib.TPMLIB_Terminate()
@@ -196,6 +210,21 @@ class Libtpms:
         finally:
             self._volatile = None
         self._on = True
+
+    def _stir(self) -> None:
+        """Stir fresh entropy into a TPM whose volatile state is laid out in a way that is not known here.
+
+        The guest can see that a command ran, which is less than to give two guests the same random numbers.
+        """
+        command = stir_random_command(os.urandom(_STIR_SIZE))
+        # Not in `command`, where half of a guest's may be.
+        buffer = _ffi.new("unsigned char[]", command)
+        result = self._process(self._response, self._response_size, self._buffer_size, buffer, len(command))
+        self._check(result, "TPMLIB_Process")
+        code = response_code(bytes(_buffer(self._response[0], self._response_size[0])))
+        # Not started: TPM2_Startup reseeds. Failed: nothing random comes from it until the next TPM2_Startup.
+        if code not in (_RC_SUCCESS, _RC_INITIALIZE, _RC_FAILURE):
+            raise EngineError("STIR_REFUSED", f"TPM2_StirRandom failed with {response_code_name(code)}")
 
     def forget(self) -> None:
         """Power off and forget the state, so that this process can take another TPM."""

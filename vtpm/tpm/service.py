@@ -1,7 +1,7 @@
 """The few commands that serve a running instance, built and parsed here (TPM 2.0 Library, Part 3).
 
-TPM2_Startup (9.3), TPM2_Shutdown (9.4), TPM2_ReadPublic (12.4), TPM2_HierarchyChangeAuth (24.8), TPM2_PCR_Extend (22.2),
-TPM2_PCR_Read (22.4) and TPM2_Quote (18.4).
+TPM2_Startup (9.3), TPM2_Shutdown (9.4), TPM2_ReadPublic (12.4), TPM2_StirRandom (16.2), TPM2_HierarchyChangeAuth (24.8),
+TPM2_PCR_Extend (22.2), TPM2_PCR_Read (22.4) and TPM2_Quote (18.4).
 """
 
 from __future__ import annotations
@@ -32,6 +32,11 @@ def startup_clear_command() -> bytes:
 def shutdown_clear_command() -> bytes:
     """Return TPM2_Shutdown(TPM_SU_CLEAR)."""
     return build(CommandCode.Shutdown, _U16.pack(0))
+
+
+def stir_random_command(data: bytes) -> bytes:
+    """Return TPM2_StirRandom."""
+    return build(CommandCode.StirRandom, _U16.pack(len(data)) + data)
 
 
 def hierarchy_change_auth_command(hierarchy: int, auth: bytes) -> bytes:

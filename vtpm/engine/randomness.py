@@ -1,0 +1,202 @@
+"""Fresh randomness in a volatile state of libtpms, so that two loads of one state never give the same random numbers.
+
+A volatile state holds the seed of the TPM's random number generator and the secret that TPM2_EC_Ephemeral and TPM2_Commit make
+their keys of. Both are changed in the state before libtpms loads it, and not by TPM2_StirRandom after that: a command would end
+an exclusive audit session of the guest (TPM 2.0 Library, Part 1, 17.7), could be in the guest's command audit digest, and needs
+a TPM that was started and has not failed.
+
+The layout is that of libtpms' VolatileState_Marshal; in it both places come before anything whose content a guest chooses
+freely, or behind it by lengths that are stated. A state from before TPM2_Startup needs no mending: TPM2_Startup reseeds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Callable
+from typing import Final
+
+_VOLATILE: Final = 0x45637889
+_ORDERLY: Final = 0x56657887
+_DRBG_STATE: Final = 0x6FE83EA1
+_STATE_CLEAR: Final = 0x98897667
+_PCR_SAVE: Final = 0x7372EABC
+_PCR_AUTHS: Final = 0x6BE82EAF
+_STATE_RESET: Final = 0x01102332
+# Headers of these versions and later also say which version reads them.
+_WITH_LEAST_VERSION: Final = 2
+# STATE_RESET_DATA: earlier versions have the context array in bytes.
+_WIDE_CONTEXTS: Final = 4
+# "DRBG", CTR_DRBG's key and counter for AES-256 (NIST SP 800-90A, 10.2.1).
+_DRBG: Final = 0x47425244
+_SEED_SIZE: Final = 48
+_ALG_NULL: Final = 0x10
+_MAX_ITEMS: Final = 256
+_CHECKSUM_SIZE: Final = 20
+_HEADER: Final = struct.Struct(">HI")
+
+
+class _UnknownLayoutError(Exception):
+    """The state is laid out in another way than this module knows."""
+
+
+class _Reader:
+    """Walks through a state; what it can't walk through is of an unknown layout."""
+
+    def __init__(self, state: bytes) -> None:
+        self._state = state
+        self.offset = 0
+
+    def skip(self, size: int) -> int:
+        """Go `size` bytes further; return where they begin."""
+        start, self.offset = self.offset, self.offset + size
+        if self.offset > len(self._state):
+            raise _UnknownLayoutError
+        return start
+
+    def part(self, start: int, size: int) -> bytes:
+        """Return what was gone over."""
+        return self._state[start : start + size]
+
+    def number(self, size: int) -> int:
+        """Go over an integer of `size` bytes; return it."""
+        return int.from_bytes(self.part(self.skip(size), size), "big")
+
+    def header(self, magic: int) -> int:
+        """Go over the header of a structure; return its version."""
+        version, found = _HEADER.unpack_from(self._state, self.skip(_HEADER.size))
+        if found != magic:
+            raise _UnknownLayoutError
+        if version >= _WITH_LEAST_VERSION:
+            self.skip(2)
+        return int(version)
+
+    def sized(self) -> tuple[int, int]:
+        """Go over a TPM2B or an array of bytes; return where its content begins, and its size."""
+        size = self.number(2)
+        return self.skip(size), size
+
+    def block(self) -> bool:
+        """Go over the head of a part that may be missing; return whether it is there."""
+        there = bool(self.number(1))
+        self.skip(2)
+        return there
+
+    def skip_block(self) -> None:
+        """Go over a part that may be missing."""
+        there = self.number(1)
+        size = self.number(2)
+        if there:
+            self.skip(size)
+
+    def future(self, version: int) -> None:
+        """Go over what a later version has put at the end of a structure."""
+        if version >= _WITH_LEAST_VERSION:
+            self.skip_block()
+
+    def count(self) -> int:
+        """Go over the length of an array; return it."""
+        found = self.number(2)
+        if found > _MAX_ITEMS:
+            raise _UnknownLayoutError
+        return found
+
+
+def freshen(state: bytes, entropy: Callable[[int], bytes]) -> bytes | None:
+    """Return a volatile state like `state`, with other random numbers to come from it; None for one of an unknown layout.
+
+    Fresh `entropy` is added to the generator's seed, so that no less is in it than was. The secret of ephemeral keys is
+    replaced only while the guest has none of them in use, as the TPM makes those again from it.
+
+    A state whose checksum is wrong is returned as it is, for libtpms to refuse.
+    """
+    body, checksum = state[:-_CHECKSUM_SIZE], state[-_CHECKSUM_SIZE:]
+    if _checksum(body) != checksum:
+        return state
+    reader = _Reader(body)
+    mended = bytearray(body)
+    try:
+        seed = _to_seed(reader)
+        for offset, byte in enumerate(entropy(_SEED_SIZE), seed):
+            mended[offset] ^= byte
+        start, size = _to_commit_nonce(reader)
+    except _UnknownLayoutError:
+        return None
+    mended[start : start + size] = entropy(size)
+    return bytes(mended) + _checksum(mended)
+
+
+def _checksum(body: bytes | bytearray) -> bytes:
+    return hashlib.sha1(body, usedforsecurity=False).digest()
+
+
+def _to_seed(reader: _Reader) -> int:
+    """Walk to the generator's seed and over it."""
+    reader.header(_VOLATILE)
+    # g_exclusiveAuditSession, g_time, g_phEnable, g_pcrReConfig, g_DRTMHandle, g_DrtmPreStartup, g_StartupLocality3.
+    reader.skip(4 + 8 + 1 + 1 + 4 + 1 + 1)
+    # g_daUsed.
+    reader.skip_block()
+    # g_powerWasLost, g_prevOrderlyState, g_nvOk, g_platformUniqueDetails.
+    reader.skip(1 + 2 + 1)
+    reader.sized()
+    orderly = reader.header(_ORDERLY)
+    # clock, clockSafe.
+    reader.skip(8 + 1)
+    version = reader.header(_DRBG_STATE)
+    # reseedCounter.
+    reader.skip(8)
+    if reader.number(4) != _DRBG:
+        raise _UnknownLayoutError
+    seed, size = reader.sized()
+    if size != _SEED_SIZE:
+        raise _UnknownLayoutError
+    # lastValue.
+    reader.skip(4 * reader.count())
+    reader.future(version)
+    # selfHealTimer, lockoutTimer, time.
+    reader.skip_block()
+    reader.future(orderly)
+    return seed
+
+
+def _to_commit_nonce(reader: _Reader) -> tuple[int, int]:
+    """Walk on to commitNonce; return where it begins and its size, 0 if it must stay as it is."""
+    _skip_state_clear(reader)
+    version = reader.header(_STATE_RESET)
+    # nullProof, nullSeed, clearCount, objectContextID.
+    reader.sized()
+    reader.sized()
+    reader.skip(4 + 8)
+    # contextArray, and since it is wide s_ContextSlotMask.
+    contexts = reader.count()
+    reader.skip(2 * contexts + 2 if version >= _WIDE_CONTEXTS else contexts)
+    # contextCounter, commandAuditDigest, restartCount, pcrCounter.
+    reader.skip(8)
+    reader.sized()
+    reader.skip(4 + 4)
+    if not reader.block():
+        return 0, 0
+    # commitCounter.
+    reader.skip(8)
+    start, size = reader.sized()
+    in_use, count = reader.sized()
+    return (start, size) if not any(reader.part(in_use, count)) else (0, 0)
+
+
+def _skip_state_clear(reader: _Reader) -> None:
+    version = reader.header(_STATE_CLEAR)
+    # shEnable, ehEnable, phEnableNV, platformAlg, platformPolicy, platformAuth.
+    reader.skip(1 + 1 + 1 + 2)
+    reader.sized()
+    reader.sized()
+    pcrs = reader.header(_PCR_SAVE)
+    reader.skip(2)
+    while reader.number(2) != _ALG_NULL:
+        reader.sized()
+    reader.future(pcrs)
+    auths = reader.header(_PCR_AUTHS)
+    for _ in range(reader.count()):
+        reader.sized()
+    reader.future(auths)
+    reader.future(version)
