@@ -8,8 +8,11 @@ from typing import Final, Protocol
 
 from vtpm.api.convert import instance_ref
 from vtpm.errors import ErrorKind, InvalidArgumentError, VtpmError
+from vtpm.instance.model import Origin
+from vtpm.tpm.pcr import PCR_COUNT
 
 MAX_LOCALITY: Final = 4
+FIRMWARE_PCRS: Final = range(8)
 
 
 class Access(Protocol):
@@ -26,8 +29,15 @@ class Access(Protocol):
     def instance(self, asked: str) -> str:
         """Return the instance that a request which names `asked` goes to."""
 
+    @property
+    def origin(self) -> Origin:
+        """Whose the events are that callers have recorded."""
+
     def locality(self, asked: int) -> int:
         """Return the locality that a command runs at."""
+
+    def pcr(self, asked: int) -> int:
+        """Return the PCR that a measurement goes to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +46,7 @@ class OperatorAccess:
 
     role: str = "operator"
     bound: str = ""
+    origin: Origin = Origin.OPERATOR
 
     def instance(self, asked: str) -> str:
         """Return `asked`.
@@ -55,11 +66,20 @@ class OperatorAccess:
             raise InvalidArgumentError("LOCALITY_INVALID", f"a locality is 0 to {MAX_LOCALITY}")
         return asked
 
+    def pcr(self, asked: int) -> int:
+        """Return `asked`.
+
+        Raises:
+            InvalidArgumentError: PCR_INDEX_INVALID.
+        """
+        return _pcr(asked)
+
 
 class GuestAccess:
-    """One instance, whoever is asked for, at locality 0."""
+    """One instance, whoever is asked for, at locality 0; the PCRs of its firmware are not measured into."""
 
     role: Final = "guest"
+    origin: Final = Origin.GUEST
 
     def __init__(self, instance: uuid.UUID, name: str) -> None:
         self.bound: Final = str(instance)
@@ -96,3 +116,26 @@ class GuestAccess:
                 kind=ErrorKind.PERMISSION_DENIED,
             )
         return 0
+
+    def pcr(self, asked: int) -> int:
+        """Return `asked`, which is none of the PCRs that tell of the firmware (PC Client Firmware Profile, 3.3.4).
+
+        Raises:
+            InvalidArgumentError: PCR_INDEX_INVALID.
+            VtpmError: PERMISSION_DENIED, PCR_NOT_FOR_GUESTS.
+        """
+        if asked in FIRMWARE_PCRS:
+            raise VtpmError(
+                "PCR_NOT_FOR_GUESTS",
+                f"a guest measures into no PCR below {FIRMWARE_PCRS.stop}: those are for the platform and its firmware",
+                subject=self.bound,
+                remedy=f"use PCR {FIRMWARE_PCRS.stop} to {PCR_COUNT - 1}",
+                kind=ErrorKind.PERMISSION_DENIED,
+            )
+        return _pcr(asked)
+
+
+def _pcr(asked: int) -> int:
+    if asked >= PCR_COUNT:
+        raise InvalidArgumentError("PCR_INDEX_INVALID", f"a PCR index is 0 to {PCR_COUNT - 1}")
+    return asked

@@ -13,7 +13,16 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from vtpm.api.v1 import instance_pb2 as pb
 from vtpm.api.v1 import tpm_pb2 as tpm_pb
 from vtpm.errors import InvalidArgumentError
-from vtpm.instance.model import CreateRequest, DrainProgress, HostInfo, InstanceChange, LabelChanges, PcrValue
+from vtpm.instance.model import (
+    CreateRequest,
+    DrainProgress,
+    HostInfo,
+    InstanceChange,
+    LabelChanges,
+    MeasuredLog,
+    Origin,
+    PcrValue,
+)
 from vtpm.store.model import InstanceRecord, PlatformRecord
 from vtpm.tpm.keys import public_pem
 from vtpm.tpm.pcr import PCR_COUNT, PcrBank, PcrSelection
@@ -23,6 +32,13 @@ MAX_PAGE_SIZE: Final = 1000
 _MAX_REF_LENGTH: Final = 128
 _MAX_FILTER_LENGTH: Final = 4096
 _MAX_REPEATED: Final = 16
+_ORIGINS: Final = {
+    Origin.UNKNOWN: tpm_pb.EVENT_ORIGIN_UNSPECIFIED,
+    Origin.SERVICE: tpm_pb.SERVICE,
+    Origin.OPERATOR: tpm_pb.OPERATOR,
+    Origin.GUEST: tpm_pb.GUEST,
+    Origin.VMM: tpm_pb.VMM,
+}
 _LABELS: Final = "labels"
 _LABEL_PREFIX: Final = "labels."
 
@@ -314,3 +330,8 @@ def drain_progress_to_proto(progress: DrainProgress) -> pb.DrainProgress:
 def pcr_values_to_proto(values: Iterable[PcrValue]) -> list[tpm_pb.PcrValue]:
     """Return PCR values as callers see them."""
     return [tpm_pb.PcrValue(hash_algorithm=value.bank.hash_name, index=value.index, digest=value.digest) for value in values]
+
+
+def event_log_to_proto(log: MeasuredLog) -> tpm_pb.GetEventLogResponse:
+    """Return an event log as callers see it."""
+    return tpm_pb.GetEventLogResponse(event_log=log.event_log, origins=[_ORIGINS[origin] for origin in log.origins])

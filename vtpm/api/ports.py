@@ -13,6 +13,8 @@ from vtpm.instance.model import (
     HostInfo,
     InstanceChange,
     LabelChanges,
+    MeasuredLog,
+    Origin,
     PcrValue,
     PcrValues,
     QuoteResult,
@@ -93,11 +95,13 @@ class Instances(Protocol):
     async def quote(self, ref: str, selections: tuple[PcrSelection, ...], nonce: bytes) -> QuoteResult:
         """Sign PCRs and `nonce` with the AK."""
 
-    async def measure(self, ref: str, pcr: int, data: bytes, event_type: int, event_data: bytes) -> tuple[PcrValue, ...]:
-        """Extend `pcr` in every bank and record the event."""
+    async def measure(
+        self, ref: str, pcr: int, data: bytes, event_type: int, event_data: bytes, origin: Origin
+    ) -> tuple[PcrValue, ...]:
+        """Extend `pcr` in every bank and record the event and that it is `origin`'s."""
 
-    async def event_log(self, ref: str) -> bytes:
-        """Return what `measure` recorded since the last reset."""
+    async def event_log(self, ref: str) -> MeasuredLog:
+        """Return what was measured since the last reset."""
 
 
 class ApiSettings(Protocol):

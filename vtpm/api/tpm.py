@@ -16,7 +16,6 @@ from vtpm.api.v1 import tpm_pb2 as pb
 from vtpm.api.v1.tpm_pb2_grpc import TpmServiceServicer
 from vtpm.errors import InvalidArgumentError
 from vtpm.tpm.command import MAX_COMMAND_SIZE
-from vtpm.tpm.pcr import PCR_COUNT
 
 MAX_NONCE_SIZE: Final = 64
 MAX_DATA_SIZE: Final = 1 << 20
@@ -68,9 +67,7 @@ class TpmServicer(TpmServiceServicer):
         )
 
     async def Measure(self, request: pb.MeasureRequest, context: Any) -> pb.MeasureResponse:
-        ref = self._access.instance(request.instance)
-        if request.pcr >= PCR_COUNT:
-            raise InvalidArgumentError("PCR_INDEX_INVALID", f"a PCR index is 0 to {PCR_COUNT - 1}")
+        ref, pcr = self._access.instance(request.instance), self._access.pcr(request.pcr)
         _bounded("DATA_TOO_LARGE", "what is measured", request.data, MAX_DATA_SIZE)
         _bounded("EVENT_DATA_TOO_LARGE", "event data", request.event_data, MAX_EVENT_DATA_SIZE)
         event_type = request.event_type or EV_EVENT_TAG
@@ -78,12 +75,12 @@ class TpmServicer(TpmServiceServicer):
             # Such events are skipped at replay, so a PCR that was extended with one could never be explained by the log.
             raise InvalidArgumentError("EVENT_TYPE_INVALID", "an EV_NO_ACTION event extends no PCR", remedy="use another type")
         values = await self._drain.complete(
-            self._instances.measure(ref, request.pcr, request.data, event_type, request.event_data)
+            self._instances.measure(ref, pcr, request.data, event_type, request.event_data, self._access.origin)
         )
         return pb.MeasureResponse(values=convert.pcr_values_to_proto(values))
 
     async def GetEventLog(self, request: pb.GetEventLogRequest, context: Any) -> pb.GetEventLogResponse:
-        return pb.GetEventLogResponse(event_log=await self._instances.event_log(self._access.instance(request.instance)))
+        return convert.event_log_to_proto(await self._instances.event_log(self._access.instance(request.instance)))
 
 
 def _bounded(reason: str, what: str, data: bytes, limit: int) -> None:

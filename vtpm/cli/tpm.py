@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import typer
 
@@ -18,10 +18,14 @@ from vtpm.cli.output import Format
 from vtpm.errors import InvalidArgumentError
 from vtpm.tpm.codes import response_code_name
 from vtpm.tpm.command import HEADER_SIZE, parse_header
-from vtpm.tpm.pcr import PcrSelection, parse_selection, to_tpm2_tools_pcrs
+from vtpm.tpm.eventlog import parse_event_log
+from vtpm.tpm.pcr import PcrBank, PcrSelection, parse_selection, to_tpm2_tools_pcrs
 
 _DEFAULT_PCRS: Final = "sha256:0-7"
 _MAX_FILE_SIZE: Final = 1 << 20
+_MAX_TEXT: Final = 60
+_SHORT_DIGEST: Final = 16
+_ORIGINS: Final = {pb.SERVICE: "service", pb.OPERATOR: "operator", pb.GUEST: "guest", pb.VMM: "vmm"}
 
 PcrsOption = Annotated[str, typer.Option(help="Such as sha256:0-7,10+sha384:all")]
 
@@ -128,17 +132,56 @@ def measure(
 
 
 def eventlog(
-    name: NameArgument, out: Annotated[Path | None, typer.Option(help="File to write; default: standard output.")] = None
+    name: NameArgument,
+    out: Annotated[Path | None, typer.Option(help="File to write the TCG event log to, for tpm2_eventlog.")] = None,
+    form: Annotated[
+        Format | None, typer.Option("--output", "-o", help="Default: a table on a terminal, else the TCG event log itself.")
+    ] = None,
 ) -> None:
-    """Get what was measured since the last reset, as a TCG event log (for tpm2_eventlog)."""
+    """Get what was measured since the last reset, and who measured it: service, operator, guest or VMM."""
     with connected() as client:
         made: pb.GetEventLogResponse = client.call(client.tpm.GetEventLog, pb.GetEventLogRequest(instance=name))
     if out is not None:
         write_file(out, made.event_log)
-    elif sys.stdout.isatty():
-        sys.stdout.write(made.event_log.hex() + "\n")
-    else:
+        if form is None:
+            return
+    if form is None and not sys.stdout.isatty():
         sys.stdout.buffer.write(made.event_log)
+        return
+    events = _events(made)
+    if form is None or form is Format.TABLE:
+        output.table(("ORIGIN", "PCR", "TYPE", "DIGEST", "EVENT"), (_row(event) for event in events))
+    else:
+        output.emit(events, form)
+
+
+def _events(made: pb.GetEventLogResponse) -> list[dict[str, Any]]:
+    """Return the events in the order of the log. What the service does not know the origin of is `unknown`."""
+    events = parse_event_log(made.event_log)
+    banks = {bank.alg_id: bank.hash_name for bank in PcrBank}
+    known = made.origins if len(made.origins) == len(events) else [pb.EVENT_ORIGIN_UNSPECIFIED] * len(events)
+    return [
+        {
+            "origin": _ORIGINS.get(origin, "unknown"),
+            "pcr": event.pcr,
+            "type": f"0x{event.event_type:08x}",
+            "digests": {banks.get(alg, f"0x{alg:04x}"): digest.hex() for alg, digest in event.digests.items()},
+            "text": _printable(event.data),
+            "data": event.data.hex(),
+        }
+        for event, origin in zip(events, known, strict=True)
+    ]
+
+
+def _row(event: Mapping[str, Any]) -> tuple[str, ...]:
+    digest = next(iter(event["digests"].values()), "")
+    return event["origin"], str(event["pcr"]), event["type"], digest[:_SHORT_DIGEST], event["text"]
+
+
+def _printable(data: bytes) -> str:
+    """What a guest wrote, on one line and without anything that a terminal obeys."""
+    text = data.decode("utf-8", "replace")
+    return "".join(char if char.isprintable() else "." for char in text[:_MAX_TEXT])
 
 
 def execute(

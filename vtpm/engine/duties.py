@@ -5,19 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, Protocol
 
 from vtpm.crashpoints import crash_point
+from vtpm.engine.events import EventLog, origin_of
 from vtpm.engine.exits import EXIT_STOPPED, Exit
 from vtpm.engine.provisioning import Provisioning
 from vtpm.engine.stats import UNKNOWN_ORDINAL
 from vtpm.engine.v1 import link_pb2 as pb
 from vtpm.errors import FailedPreconditionError, InvalidArgumentError, TpmError, VtpmError
 from vtpm.tpm.command import HEADER, HEADER_SIZE, MAX_COMMAND_SIZE
-from vtpm.tpm.eventlog import event2, spec_id_header
 from vtpm.tpm.keys import KeyAlgorithm
 from vtpm.tpm.pcr import PcrBank, PcrSelection
 from vtpm.tpm.ptm import ControlCommand
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from vtpm.engine.channels import DataChannels
     from vtpm.engine.durable import DurableState
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from vtpm.engine.operations import ManufacturedKey, Operations
     from vtpm.engine.software import SoftwareTpm
 
-MAX_EVENT_LOG_SIZE: Final = 256 << 10
 _NEED_POWER: Final = frozenset(
     ("read_pcrs", "quote", "measure", "get_event_log", "get_keys", "hash_sequence", "write_nv", "read_nv")
 )
@@ -83,7 +82,7 @@ class Duties:
         self._channels = channels
         self._power = power
         self._hibernation = hibernation
-        self._events = bytearray()
+        self._events = EventLog()
         self._requests: dict[str, Callable[[pb.WorkerRequest, pb.WorkerReply], None]] = {
             "manufacture": self._manufacture,
             "load": self._load,
@@ -109,7 +108,12 @@ class Duties:
 
     def fill(self, snapshot: pb.Snapshot) -> None:
         """Put into a snapshot what was measured."""
-        snapshot.events = bytes(self._events)
+        self._events.fill(snapshot)
+
+    def hashed(self, digests: Sequence[bytes]) -> None:
+        """Record an H-CRTM event; after TPM2_Startup it is a dynamic launch, which is no part of the boot."""
+        if not self._operations.started():
+            self._events.h_crtm(digests)
 
     def serve(self, message: bytes) -> tuple[bytes, int | None]:
         """Serve one request; return the reply, and the exit status if it was the last."""
@@ -181,7 +185,7 @@ class Duties:
         if order.snapshot:
             snapshot = self._hibernation.wake(self._durable.open_snapshot(order))
             self._power.go_on(permanent, snapshot)
-            self._events += snapshot.events
+            self._events.restore(snapshot)
             # Invariant 2: forgotten durably before the first command runs.
             self._durable.finish_consume(order.snapshot_token)
             self._power.gone_on()
@@ -268,20 +272,17 @@ class Duties:
     def _measure(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:
         order = request.measure
         banks = self._operations.banks()
-        if len(self._events) + len(order.event_data) + 512 > MAX_EVENT_LOG_SIZE:
-            raise FailedPreconditionError(
-                "EVENT_LOG_FULL", "the instance's event log is full; nothing was extended", remedy="reset the instance"
-            )
+        origin = origin_of(order.origin)
+        self._events.check_room(origin, banks, order.event_data)
         digests = self._operations.extend(order.pcr, order.data)
-        if not self._events:
-            self._events += spec_id_header(banks)
-        self._events += event2(order.pcr, order.event_type, digests, order.event_data)
+        self._events.add(origin, order.pcr, order.event_type, digests, order.event_data)
         _, values = self._operations.read_pcrs([PcrSelection(bank, (order.pcr,)) for bank in banks])
         for bank, index, digest in values:
             reply.pcr_values.values.add(hash_alg=bank.alg_id, index=index, digest=digest)
 
     def _get_event_log(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:
-        reply.event_log.event_log = bytes(self._events) or spec_id_header(self._operations.banks())
+        reply.event_log.event_log = self._events.bytes_for(self._operations.banks())
+        reply.event_log.origins.extend(pb.Origin.ValueType(origin) for origin in self._events.origins)
 
 
 def _add_keys(reply: pb.Keys | pb.Manufactured, keys: Iterable[ManufacturedKey]) -> None:

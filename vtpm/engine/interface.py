@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from vtpm.engine.events import Origin
 from vtpm.engine.identity import Certify, ExtraKey, TouchedKeys
 from vtpm.engine.v1 import link_pb2 as pb
 from vtpm.store.commits import AnyCommit
@@ -142,6 +143,17 @@ class Quoted:
 
 
 @dataclass(frozen=True, slots=True)
+class MeasuredLog:
+    """A crypto-agile event log, and whose each event in it is: in its order, without the Spec ID record.
+
+    Both are the worker's word. What the log says of a PCR is proven by a quote; whose the events are is not.
+    """
+
+    event_log: bytes
+    origins: tuple[Origin, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Loss:
     """Why a TPM is gone that was not told to stop; for InstanceRecord.failure."""
 
@@ -184,11 +196,11 @@ class RunningTpm(Protocol):
     async def quote(self, selections: Sequence[PcrSelection], nonce: bytes) -> Quoted:
         """Sign PCRs and `nonce` (at most 64 bytes) with the AK."""
 
-    async def measure(self, pcr: int, data: bytes, event_type: int, event_data: bytes) -> tuple[PcrValue, ...]:
-        """Extend `pcr` with the digests of `data`, record the event, return the new values."""
+    async def measure(self, pcr: int, data: bytes, event_type: int, event_data: bytes, origin: Origin) -> tuple[PcrValue, ...]:
+        """Extend `pcr` with the digests of `data`, record the event and that it is `origin`'s, return the new values."""
 
-    async def event_log(self) -> bytes:
-        """Return what `measure` recorded since the last reset, as a crypto-agile event log."""
+    async def event_log(self) -> MeasuredLog:
+        """Return what was measured since the last reset."""
 
     async def reset(self, *, startup_clear: bool) -> None:
         """_TPM_Init: volatile state is dropped."""

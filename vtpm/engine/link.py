@@ -16,9 +16,10 @@ from typing import Final, Protocol
 from vtpm import crashpoints
 from vtpm.engine import descriptors
 from vtpm.engine.committer import Channel
+from vtpm.engine.events import Origin, origin_of
 from vtpm.engine.framing import FrameReader, frame
 from vtpm.engine.identity import TouchedKeys, key_records
-from vtpm.engine.interface import PcrValue, PcrValues, Quoted
+from vtpm.engine.interface import MeasuredLog, PcrValue, PcrValues, Quoted
 from vtpm.engine.v1 import link_pb2 as pb
 from vtpm.errors import EngineError, ErrorKind, TpmError, VtpmError
 from vtpm.store.model import KeyRecord
@@ -283,15 +284,22 @@ class WorkerLink(asyncio.Protocol):
         quoted = reply.quoted
         return Quoted(quoted.attest, quoted.signature, quoted.ak_tpmt_public, _values(quoted.values))
 
-    async def measure(self, pcr: int, data: bytes, event_type: int, event_data: bytes) -> tuple[PcrValue, ...]:
+    async def measure(self, pcr: int, data: bytes, event_type: int, event_data: bytes, origin: Origin) -> tuple[PcrValue, ...]:
         """See RunningTpm."""
-        order = pb.Measure(pcr=pcr, data=data, event_type=event_type, event_data=event_data)
+        order = pb.Measure(
+            pcr=pcr,
+            data=data,
+            event_type=event_type,
+            event_data=event_data,
+            origin=pb.Origin.ValueType(origin),
+        )
         reply = await self.request(pb.WorkerRequest(measure=order))
         return _values(reply.pcr_values.values)
 
-    async def event_log(self) -> bytes:
+    async def event_log(self) -> MeasuredLog:
         """See RunningTpm."""
-        return (await self.request(pb.WorkerRequest(get_event_log=pb.GetEventLog()))).event_log.event_log
+        found = (await self.request(pb.WorkerRequest(get_event_log=pb.GetEventLog()))).event_log
+        return MeasuredLog(found.event_log, tuple(origin_of(number) for number in found.origins))
 
     async def reset(self, *, startup_clear: bool) -> None:
         """See RunningTpm."""

@@ -29,7 +29,8 @@ from tpm2_pytss.types import (
 from vtpm.engine.software import SoftwareTpm
 from vtpm.engine.tcti import InProcessTcti
 from vtpm.errors import EngineError, FailedPreconditionError, TpmError
-from vtpm.tpm.codes import Handle, response_code_name
+from vtpm.tpm.codes import CommandCode, Handle, response_code_name
+from vtpm.tpm.command import build
 from vtpm.tpm.keys import AK_HANDLE, KeyAlgorithm, ak_template, ek_handle, ek_template, is_ak, key_algorithm
 from vtpm.tpm.pcr import PcrBank, PcrSelection, marshal_selections
 from vtpm.tpm.service import (
@@ -105,6 +106,13 @@ class Operations:
     def startup_clear(self) -> None:
         """TPM2_Startup(TPM_SU_CLEAR)."""
         self._run("TPM2_Startup", startup_clear_command())
+
+    def started(self) -> bool:
+        """Whether TPM2_Startup has succeeded, or the TPM has failed.
+
+        The question is a command without its parameter. A command that fails leaves no trace.
+        """
+        return response_code(self._tcti.run(build(CommandCode.GetRandom, b""))) != _RC_INITIALIZE
 
     def close_platform(self) -> None:
         """Give the platform hierarchy an auth that nobody knows, as firmware does before it starts an operating system.

@@ -5,12 +5,14 @@ Invariant 2: a volatile state that was set or kept is used by one INIT and forgo
 
 from __future__ import annotations
 
+import hashlib
 import socket
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 from vtpm.engine.software import SoftwareTpm
 from vtpm.errors import EngineError
+from vtpm.tpm.pcr import PcrBank
 from vtpm.tpm.ptm import BlobType, ControlCommand
 
 
@@ -40,6 +42,9 @@ class Power(Protocol):
     def state_imported(self) -> None:
         """Seal and commit the state that was set, and tell the daemon."""
 
+    def hashed(self, digests: Sequence[bytes]) -> None:
+        """Record an H-CRTM event; a digest for each bank that there may be."""
+
     def serve_vm(self, connection: socket.socket) -> bool:
         """Serve the VM's data channel; False if there is one already."""
 
@@ -56,6 +61,8 @@ class VmPlatform:
         self._set: dict[BlobType, bytes] = {}
         self._kept: bytes | None = None
         self._hashing = False
+        # What HASH_DATA brought, in each bank that there may be.
+        self._hashes: list[Any] = []
 
     @property
     def quiescent(self) -> bool:
@@ -109,11 +116,17 @@ class VmPlatform:
             case ControlCommand.HASH_START:
                 result = self._tpm.hash_start()
                 self._hashing = result == 0
+                self._hashes = [hashlib.new(bank.hash_name) for bank in PcrBank]
             case ControlCommand.HASH_DATA:
                 result = self._tpm.hash_data(data)
+                if result == 0:
+                    for digest in self._hashes:
+                        digest.update(data)
             case _:
                 result = self._tpm.hash_end()
-                self._hashing = False
+                if self._hashing and result == 0:
+                    self._power.hashed([digest.digest() for digest in self._hashes])
+                self._hashing, self._hashes = False, []
         self._kept = None
         self._power.settle()
         return result

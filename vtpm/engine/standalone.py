@@ -40,6 +40,10 @@ class _NoOperations:
     def forget(self) -> None:
         """See Operations."""
 
+    def started(self) -> bool:
+        """See Operations. So an H-CRTM event is not recorded: there is nobody to ask for the log."""
+        return True
+
 
 class StandaloneTpm:
     """One worker and its state. `keep` makes a state durable; what it raises ends the run.

@@ -337,6 +337,10 @@ class Worker:
         """See vtpm.engine.duties.Power."""
         return self._platform.hash_sequence(command, data)
 
+    def hashed(self, digests: Sequence[bytes]) -> None:
+        """See vtpm.engine.platform.Power."""
+        self._duties.hashed(digests)
+
     def serve_vm(self, connection: socket.socket) -> bool:
         """See Power."""
         return self._channels.open_for_vm(connection)

@@ -26,6 +26,8 @@ from vtpm.instance.model import (
     HostInfo,
     InstanceChange,
     LabelChanges,
+    MeasuredLog,
+    Origin,
     PcrValue,
     PcrValues,
     QuoteResult,
@@ -343,12 +345,14 @@ class InstanceManager:
         quoted = await running.tpm.quote(selections, nonce)
         return QuoteResult(quoted.attest, quoted.signature, quoted.ak_tpmt_public, quoted.values)
 
-    async def measure(self, ref: str, pcr: int, data: bytes, event_type: int, event_data: bytes) -> tuple[PcrValue, ...]:
-        """Extend `pcr` with the digests of `data` in every bank and record the event."""
-        return await (await self._tpm(ref)).tpm.measure(pcr, data, event_type, event_data)
+    async def measure(
+        self, ref: str, pcr: int, data: bytes, event_type: int, event_data: bytes, origin: Origin
+    ) -> tuple[PcrValue, ...]:
+        """Extend `pcr` with the digests of `data` in every bank and record the event and that it is `origin`'s."""
+        return await (await self._tpm(ref)).tpm.measure(pcr, data, event_type, event_data, origin)
 
-    async def event_log(self, ref: str) -> bytes:
-        """Return what `measure` recorded since the last reset."""
+    async def event_log(self, ref: str) -> MeasuredLog:
+        """Return what was measured since the last reset."""
         return await (await self._tpm(ref)).tpm.event_log()
 
     async def drain_command_counts(self) -> Sequence[pb.OrdinalCount]:

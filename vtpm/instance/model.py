@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from vtpm.engine.interface import EngineCapabilities, PcrValue, PcrValues
+from vtpm.engine.events import Origin
+from vtpm.engine.interface import EngineCapabilities, MeasuredLog, PcrValue, PcrValues
 from vtpm.store.model import InstanceRecord, PlatformRecord
 
 __all__ = [
@@ -20,6 +21,8 @@ __all__ = [
     "HostInfo",
     "InstanceChange",
     "LabelChanges",
+    "MeasuredLog",
+    "Origin",
     "PcrValue",
     "PcrValues",
     "QuoteResult",

@@ -11,8 +11,9 @@ import socket
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, TypeVar
 
+from vtpm.engine.events import Origin
 from vtpm.engine.identity import TouchedKeys
-from vtpm.engine.interface import PcrValue, PcrValues, Quoted, RunningTpm
+from vtpm.engine.interface import MeasuredLog, PcrValue, PcrValues, Quoted, RunningTpm
 from vtpm.engine.v1 import link_pb2 as pb
 from vtpm.errors import EngineError
 from vtpm.store.model import KeyRecord
@@ -124,11 +125,11 @@ class WakefulTpm:
         """See RunningTpm."""
         return await self._call(lambda tpm: tpm.quote(selections, nonce))
 
-    async def measure(self, pcr: int, data: bytes, event_type: int, event_data: bytes) -> tuple[PcrValue, ...]:
+    async def measure(self, pcr: int, data: bytes, event_type: int, event_data: bytes, origin: Origin) -> tuple[PcrValue, ...]:
         """See RunningTpm."""
-        return await self._call(lambda tpm: tpm.measure(pcr, data, event_type, event_data))
+        return await self._call(lambda tpm: tpm.measure(pcr, data, event_type, event_data, origin))
 
-    async def event_log(self) -> bytes:
+    async def event_log(self) -> MeasuredLog:
         """See RunningTpm."""
         return await self._call(lambda tpm: tpm.event_log())
 

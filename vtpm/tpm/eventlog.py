@@ -12,6 +12,7 @@ from vtpm.tpm.pcr import PCR_COUNT, PcrBank, extend
 
 EV_NO_ACTION: Final = 3
 EV_EVENT_TAG: Final = 6
+EV_EFI_HCRTM_EVENT: Final = 0x80000010
 MAX_EVENT_SIZE: Final = 1 << 20
 MAX_EVENTS: Final = 65536
 MAX_LOG_SIZE: Final = 16 << 20
@@ -50,6 +51,17 @@ def event2(pcr: int, event_type: int, digests: Mapping[PcrBank, bytes], data: by
     for bank, digest in digests.items():
         out += struct.pack("<H", bank.alg_id) + digest
     return out + struct.pack("<I", len(data)) + data
+
+
+def event2_size(banks: Sequence[PcrBank], data: bytes) -> int:
+    """Return the size in bytes of a TCG_PCR_EVENT2 record with digests of `banks`."""
+    return _EVENT2.size + sum(2 + bank.digest_size for bank in banks) + 4 + len(data)
+
+
+def startup_locality(banks: Sequence[PcrBank], locality: int) -> bytes:
+    """Return the record that says where PCR 0 began: 4 after an H-CRTM event (Firmware Profile, 10.4.5.3)."""
+    digests = {bank: bytes(bank.digest_size) for bank in banks}
+    return event2(0, EV_NO_ACTION, digests, _STARTUP_LOCALITY + bytes((locality,)))
 
 
 def parse_event_log(log: bytes) -> list[Event]:

@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -17,6 +18,38 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _EventOrigin:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _EventOriginEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EventOrigin.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    EVENT_ORIGIN_UNSPECIFIED: _EventOrigin.ValueType  # 0
+    """Recorded by an older version of the service, which did not say."""
+    SERVICE: _EventOrigin.ValueType  # 1
+    """The service itself."""
+    OPERATOR: _EventOrigin.ValueType  # 2
+    """A caller of the operators' socket."""
+    GUEST: _EventOrigin.ValueType  # 3
+    """The VM: a caller of its guest socket, or by vsock."""
+    VMM: _EventOrigin.ValueType  # 4
+    """The VMM, through the VM's control channel: an H-CRTM event, and the record of where PCR 0 began."""
+
+class EventOrigin(_EventOrigin, metaclass=_EventOriginEnumTypeWrapper):
+    """Who has measured, as the service knows from the socket that the request came on. Neither the TPM nor a quote vouches for that."""
+
+EVENT_ORIGIN_UNSPECIFIED: EventOrigin.ValueType  # 0
+"""Recorded by an older version of the service, which did not say."""
+SERVICE: EventOrigin.ValueType  # 1
+"""The service itself."""
+OPERATOR: EventOrigin.ValueType  # 2
+"""A caller of the operators' socket."""
+GUEST: EventOrigin.ValueType  # 3
+"""The VM: a caller of its guest socket, or by vsock."""
+VMM: EventOrigin.ValueType  # 4
+"""The VMM, through the VM's control channel: an H-CRTM event, and the record of where PCR 0 began."""
+Global___EventOrigin: _TypeAlias = EventOrigin  # noqa: Y015
 
 @_typing.final
 class PcrSelection(_message.Message):
@@ -306,16 +339,22 @@ class GetEventLogResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     EVENT_LOG_FIELD_NUMBER: _builtins.int
+    ORIGINS_FIELD_NUMBER: _builtins.int
     event_log: _builtins.bytes
     """TCG_PCR_EVENT2 records behind a Spec ID Event03 header (TCG PC Client Platform Firmware Profile, 10)."""
+    @_builtins.property
+    def origins(self) -> _containers.RepeatedScalarFieldContainer[Global___EventOrigin.ValueType]:
+        """The origin of each of these records, in their order; the header is not counted."""
+
     def __init__(
         self,
         *,
         event_log: _builtins.bytes = ...,
+        origins: _abc.Iterable[Global___EventOrigin.ValueType] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["event_log", b"event_log"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event_log", b"event_log", "origins", b"origins"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -106,14 +106,15 @@ class TpmServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Measure(self, request, context):
-        """Extends a PCR in every allocated bank with the digest of `data` and records the event.
+        """Extends a PCR in every allocated bank with the digest of `data` and records the event, with who asked for it. On a guest
+        socket PCRs 0 to 7 are refused: PCR_NOT_FOR_GUESTS.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetEventLog(self, request, context):
-        """The events recorded by Measure since the last reset, as a TCG crypto-agile event log.
+        """The events since the last reset, as a TCG crypto-agile event log: those that Measure recorded, and the H-CRTM event of the VMM.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

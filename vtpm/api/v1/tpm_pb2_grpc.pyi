@@ -46,9 +46,11 @@ class TpmServiceStub:
     Quote: _grpc.UnaryUnaryMultiCallable[_tpm_pb2.QuoteRequest, _tpm_pb2.QuoteResponse]
     """Signs PCRs and a nonce with the instance's AK (TPM2_Quote); the PCR values returned are the ones that were signed."""
     Measure: _grpc.UnaryUnaryMultiCallable[_tpm_pb2.MeasureRequest, _tpm_pb2.MeasureResponse]
-    """Extends a PCR in every allocated bank with the digest of `data` and records the event."""
+    """Extends a PCR in every allocated bank with the digest of `data` and records the event, with who asked for it. On a guest
+    socket PCRs 0 to 7 are refused: PCR_NOT_FOR_GUESTS.
+    """
     GetEventLog: _grpc.UnaryUnaryMultiCallable[_tpm_pb2.GetEventLogRequest, _tpm_pb2.GetEventLogResponse]
-    """The events recorded by Measure since the last reset, as a TCG crypto-agile event log."""
+    """The events since the last reset, as a TCG crypto-agile event log: those that Measure recorded, and the H-CRTM event of the VMM."""
 
 @_typing.type_check_only
 class TpmServiceAsyncStub(TpmServiceStub):
@@ -68,9 +70,11 @@ class TpmServiceAsyncStub(TpmServiceStub):
     Quote: _aio.UnaryUnaryMultiCallable[_tpm_pb2.QuoteRequest, _tpm_pb2.QuoteResponse]  # type: ignore[assignment]
     """Signs PCRs and a nonce with the instance's AK (TPM2_Quote); the PCR values returned are the ones that were signed."""
     Measure: _aio.UnaryUnaryMultiCallable[_tpm_pb2.MeasureRequest, _tpm_pb2.MeasureResponse]  # type: ignore[assignment]
-    """Extends a PCR in every allocated bank with the digest of `data` and records the event."""
+    """Extends a PCR in every allocated bank with the digest of `data` and records the event, with who asked for it. On a guest
+    socket PCRs 0 to 7 are refused: PCR_NOT_FOR_GUESTS.
+    """
     GetEventLog: _aio.UnaryUnaryMultiCallable[_tpm_pb2.GetEventLogRequest, _tpm_pb2.GetEventLogResponse]  # type: ignore[assignment]
-    """The events recorded by Measure since the last reset, as a TCG crypto-agile event log."""
+    """The events since the last reset, as a TCG crypto-agile event log: those that Measure recorded, and the H-CRTM event of the VMM."""
 
 class TpmServiceServicer(metaclass=_abc_1.ABCMeta):
     """Speaks to one instance's TPM. On an instance's guest socket `instance` may be empty and any other instance is refused;
@@ -117,7 +121,9 @@ class TpmServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _tpm_pb2.MeasureRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_tpm_pb2.MeasureResponse, _abc.Awaitable[_tpm_pb2.MeasureResponse]]:
-        """Extends a PCR in every allocated bank with the digest of `data` and records the event."""
+        """Extends a PCR in every allocated bank with the digest of `data` and records the event, with who asked for it. On a guest
+        socket PCRs 0 to 7 are refused: PCR_NOT_FOR_GUESTS.
+        """
 
     @_abc_1.abstractmethod
     def GetEventLog(
@@ -125,6 +131,6 @@ class TpmServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _tpm_pb2.GetEventLogRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_tpm_pb2.GetEventLogResponse, _abc.Awaitable[_tpm_pb2.GetEventLogResponse]]:
-        """The events recorded by Measure since the last reset, as a TCG crypto-agile event log."""
+        """The events since the last reset, as a TCG crypto-agile event log: those that Measure recorded, and the H-CRTM event of the VMM."""
 
 def add_TpmServiceServicer_to_server(servicer: TpmServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

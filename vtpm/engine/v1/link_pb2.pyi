@@ -61,6 +61,32 @@ VM_CONTROL: Role.ValueType  # 8
 """The control connection of the VM, whose end is the VM's end."""
 Global___Role: _TypeAlias = Role  # noqa: Y015
 
+class _Origin:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _OriginEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Origin.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ORIGIN_UNKNOWN: _Origin.ValueType  # 0
+    """Recorded by a worker that did not know of origins, or asked for by a daemon that did not."""
+    ORIGIN_SERVICE: _Origin.ValueType  # 1
+    ORIGIN_OPERATOR: _Origin.ValueType  # 2
+    ORIGIN_GUEST: _Origin.ValueType  # 3
+    ORIGIN_VMM: _Origin.ValueType  # 4
+    """Through the VM's control channel."""
+
+class Origin(_Origin, metaclass=_OriginEnumTypeWrapper):
+    """Who has measured: the daemon says so, by the socket that a request came on."""
+
+ORIGIN_UNKNOWN: Origin.ValueType  # 0
+"""Recorded by a worker that did not know of origins, or asked for by a daemon that did not."""
+ORIGIN_SERVICE: Origin.ValueType  # 1
+ORIGIN_OPERATOR: Origin.ValueType  # 2
+ORIGIN_GUEST: Origin.ValueType  # 3
+ORIGIN_VMM: Origin.ValueType  # 4
+"""Through the VM's control channel."""
+Global___Origin: _TypeAlias = Origin  # noqa: Y015
+
 @_typing.final
 class HostRequest(_message.Message):
     """---- daemon <-> engine host: SOCK_SEQPACKET, a message each, descriptors by SCM_RIGHTS ----------------------------------"""
@@ -1809,10 +1835,12 @@ class Measure(_message.Message):
     DATA_FIELD_NUMBER: _builtins.int
     EVENT_TYPE_FIELD_NUMBER: _builtins.int
     EVENT_DATA_FIELD_NUMBER: _builtins.int
+    ORIGIN_FIELD_NUMBER: _builtins.int
     pcr: _builtins.int
     data: _builtins.bytes
     event_type: _builtins.int
     event_data: _builtins.bytes
+    origin: Global___Origin.ValueType
     def __init__(
         self,
         *,
@@ -1820,10 +1848,11 @@ class Measure(_message.Message):
         data: _builtins.bytes = ...,
         event_type: _builtins.int = ...,
         event_data: _builtins.bytes = ...,
+        origin: Global___Origin.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "event_data", b"event_data", "event_type", b"event_type", "pcr", b"pcr"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "event_data", b"event_data", "event_type", b"event_type", "origin", b"origin", "pcr", b"pcr"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1849,15 +1878,21 @@ class EventLog(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     EVENT_LOG_FIELD_NUMBER: _builtins.int
+    ORIGINS_FIELD_NUMBER: _builtins.int
     event_log: _builtins.bytes
+    @_builtins.property
+    def origins(self) -> _containers.RepeatedScalarFieldContainer[Global___Origin.ValueType]:
+        """For each event in the log, without the Spec ID record, whose it is; none: not known."""
+
     def __init__(
         self,
         *,
         event_log: _builtins.bytes = ...,
+        origins: _abc.Iterable[Global___Origin.ValueType] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["event_log", b"event_log"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event_log", b"event_log", "origins", b"origins"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1952,6 +1987,9 @@ class Snapshot(_message.Message):
     IMPORTED_FIELD_NUMBER: _builtins.int
     EVENTS_FIELD_NUMBER: _builtins.int
     BUFFER_SIZE_FIELD_NUMBER: _builtins.int
+    EVENT_ORIGINS_FIELD_NUMBER: _builtins.int
+    EVENT_SIZES_FIELD_NUMBER: _builtins.int
+    H_CRTM_DIGESTS_FIELD_NUMBER: _builtins.int
     permanent_version: _builtins.int
     """The version of the permanent state that it belongs to."""
     powered: _builtins.bool
@@ -1964,6 +2002,16 @@ class Snapshot(_message.Message):
     events: _builtins.bytes
     """What Measure recorded since the last reset."""
     buffer_size: _builtins.int
+    @_builtins.property
+    def event_origins(self) -> _containers.RepeatedScalarFieldContainer[Global___Origin.ValueType]:
+        """For each event in `events`, without the Spec ID record, whose it is and its size in bytes; none in an older snapshot."""
+
+    @_builtins.property
+    def event_sizes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def h_crtm_digests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """The VMM's H-CRTM event that came before TPM2_Startup, which is not in `events` yet: a digest for each bank that there may be."""
+
     def __init__(
         self,
         *,
@@ -1975,10 +2023,13 @@ class Snapshot(_message.Message):
         imported: _builtins.bool = ...,
         events: _builtins.bytes = ...,
         buffer_size: _builtins.int = ...,
+        event_origins: _abc.Iterable[Global___Origin.ValueType] | None = ...,
+        event_sizes: _abc.Iterable[_builtins.int] | None = ...,
+        h_crtm_digests: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["buffer_size", b"buffer_size", "events", b"events", "imported", b"imported", "locality", b"locality", "permanent_version", b"permanent_version", "powered", b"powered", "started_here", b"started_here", "volatile", b"volatile"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["buffer_size", b"buffer_size", "event_origins", b"event_origins", "event_sizes", b"event_sizes", "events", b"events", "h_crtm_digests", b"h_crtm_digests", "imported", b"imported", "locality", b"locality", "permanent_version", b"permanent_version", "powered", b"powered", "started_here", b"started_here", "volatile", b"volatile"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
