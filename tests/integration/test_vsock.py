@@ -131,6 +131,10 @@ async def test_a_vm_reads_measures_and_quotes_its_own_tpm(
     async with vms:
         tpm = TpmServiceStub(vms.channel(3))
         await tpm.Measure(tpm_pb2.MeasureRequest(pcr=16, data=b"a kernel", event_type=13), timeout=TIMEOUT_S)
+        log = await tpm.GetEventLog(tpm_pb2.GetEventLogRequest(), timeout=TIMEOUT_S)
+        assert set(log.origins) == {tpm_pb2.GUEST}
+        with pytest.raises(grpc.aio.AioRpcError, match="no PCR below 8"):
+            await tpm.Measure(tpm_pb2.MeasureRequest(pcr=0, data=b"a firmware"), timeout=TIMEOUT_S)
         read = await tpm.ReadPcrs(tpm_pb2.ReadPcrsRequest(), timeout=TIMEOUT_S)
         assert read == await asyncio.to_thread(
             daemon.client.call, daemon.client.tpm.ReadPcrs, tpm_pb2.ReadPcrsRequest(instance="vsock-a")

@@ -10,7 +10,7 @@ import os
 from typing import TYPE_CHECKING, Any, Final
 
 from vtpm.engine.libtpms_abi import ffi
-from vtpm.engine.randomness import freshen
+from vtpm.engine.randomness import CHECKSUM_SIZE, freshen
 from vtpm.errors import EngineError
 from vtpm.tpm.codes import response_code_name
 from vtpm.tpm.command import MAX_COMMAND_SIZE
@@ -192,6 +192,13 @@ class Libtpms:
         """
         if self._on:
             self.power_off()
+        if volatile is not None and len(volatile) <= CHECKSUM_SIZE:
+            # libtpms would say nothing and start the TPM anew (invariant 7).
+            raise EngineError(
+                "VOLATILE_STATE_CUT",
+                f"a volatile state of {len(volatile)} bytes is none",
+                remedy="reset the instance together with its VM",
+            )
         fresh = freshen(volatile, os.urandom) if volatile is not None else None
         self.permanent, self._volatile = permanent, volatile if fresh is None else fresh
         try:

@@ -16,6 +16,8 @@ import struct
 from collections.abc import Callable
 from typing import Final
 
+# A state ends with the SHA-1 of what is before it.
+CHECKSUM_SIZE: Final = 20
 _VOLATILE: Final = 0x45637889
 _ORDERLY: Final = 0x56657887
 _DRBG_STATE: Final = 0x6FE83EA1
@@ -32,7 +34,6 @@ _DRBG: Final = 0x47425244
 _SEED_SIZE: Final = 48
 _ALG_NULL: Final = 0x10
 _MAX_ITEMS: Final = 256
-_CHECKSUM_SIZE: Final = 20
 _HEADER: Final = struct.Struct(">HI")
 
 
@@ -110,7 +111,7 @@ def freshen(state: bytes, entropy: Callable[[int], bytes]) -> bytes | None:
 
     A state whose checksum is wrong is returned as it is, for libtpms to refuse.
     """
-    body, checksum = state[:-_CHECKSUM_SIZE], state[-_CHECKSUM_SIZE:]
+    body, checksum = state[:-CHECKSUM_SIZE], state[-CHECKSUM_SIZE:]
     if _checksum(body) != checksum:
         return state
     reader = _Reader(body)

@@ -268,6 +268,17 @@ def test_a_damaged_state_is_refused_as_before(tpm: Libtpms) -> None:
             tpm.power_on(permanent, damaged)
 
 
+@pytest.mark.parametrize("size", [0, 1, 19, 20])
+def test_a_state_that_is_cut_to_nothing_is_no_reason_to_start_anew(tpm: Libtpms, size: int) -> None:
+    volatile, permanent = tpm.volatile(), tpm.permanent
+    assert permanent is not None
+    with pytest.raises(EngineError) as refused:
+        tpm.power_on(permanent, volatile[:size])
+    assert refused.value.reason == "VOLATILE_STATE_CUT"
+    load(tpm, volatile)
+    random(tpm)
+
+
 @functools.cache
 def state_of_a_tpm() -> bytes:
     if not THE_TPM:
