@@ -138,10 +138,13 @@ class EventLog:
     def restore(self, snapshot: pb.Snapshot) -> None:
         """Go on with the log of a snapshot. In one of an earlier version nobody knows whose the events are."""
         self.clear()
+        if not snapshot.events and not snapshot.h_crtm_digests:
+            # As in most.
+            return
         self._records += snapshot.events
         if len(snapshot.h_crtm_digests) == len(PcrBank):
             self._h_crtm = tuple(snapshot.h_crtm_digests)
-        if len(snapshot.event_origins) == len(snapshot.event_sizes) and (snapshot.event_sizes or not snapshot.events):
+        if len(snapshot.event_origins) == len(snapshot.event_sizes) and snapshot.event_sizes:
             origins = (origin_of(number) for number in snapshot.event_origins)
             self._entries = list(zip(origins, snapshot.event_sizes, strict=True))
         else:

@@ -33,8 +33,12 @@ _WIDE_CONTEXTS: Final = 4
 _DRBG: Final = 0x47425244
 _SEED_SIZE: Final = 48
 _ALG_NULL: Final = 0x10
-_MAX_ITEMS: Final = 256
+_MAX_BANKS: Final = 16
+_U16: Final = struct.Struct(">H")
+_U32: Final = struct.Struct(">I")
 _HEADER: Final = struct.Struct(">HI")
+# Whether a part is there, and its size.
+_BLOCK: Final = struct.Struct(">BH")
 
 
 class _UnknownLayoutError(Exception):
@@ -42,65 +46,67 @@ class _UnknownLayoutError(Exception):
 
 
 class _Reader:
-    """Walks through a state; what it can't walk through is of an unknown layout."""
+    """Walks through a state; struct.error at a length that lies behind its end, where `offset` may be until `check`."""
 
     def __init__(self, state: bytes) -> None:
         self._state = state
         self.offset = 0
 
-    def skip(self, size: int) -> int:
-        """Go `size` bytes further; return where they begin."""
-        start, self.offset = self.offset, self.offset + size
+    def check(self) -> None:
+        """Raise _UnknownLayoutError if what was gone over is more than there is."""
         if self.offset > len(self._state):
             raise _UnknownLayoutError
-        return start
+
+    def skip(self, size: int) -> None:
+        """Go `size` bytes further."""
+        self.offset += size
+
+    def u32(self) -> int:
+        """Go over an integer of four bytes; return it."""
+        (value,) = _U32.unpack_from(self._state, self.offset)
+        self.offset += 4
+        return int(value)
+
+    def u16(self) -> int:
+        """Go over an integer of two bytes; return it."""
+        (value,) = _U16.unpack_from(self._state, self.offset)
+        self.offset += 2
+        return int(value)
+
+    def header(self, magic: int) -> int:
+        """Go over the header of a structure; return its version."""
+        version, found = _HEADER.unpack_from(self._state, self.offset)
+        if found != magic:
+            raise _UnknownLayoutError
+        self.offset += _HEADER.size + (2 if version >= _WITH_LEAST_VERSION else 0)
+        return int(version)
+
+    def sized(self) -> tuple[int, int]:
+        """Go over a TPM2B or an array of bytes; return where its content begins, and its size."""
+        (size,) = _U16.unpack_from(self._state, self.offset)
+        start = self.offset + 2
+        self.offset = start + size
+        return start, size
 
     def part(self, start: int, size: int) -> bytes:
         """Return what was gone over."""
         return self._state[start : start + size]
 
-    def number(self, size: int) -> int:
-        """Go over an integer of `size` bytes; return it."""
-        return int.from_bytes(self.part(self.skip(size), size), "big")
-
-    def header(self, magic: int) -> int:
-        """Go over the header of a structure; return its version."""
-        version, found = _HEADER.unpack_from(self._state, self.skip(_HEADER.size))
-        if found != magic:
-            raise _UnknownLayoutError
-        if version >= _WITH_LEAST_VERSION:
-            self.skip(2)
-        return int(version)
-
-    def sized(self) -> tuple[int, int]:
-        """Go over a TPM2B or an array of bytes; return where its content begins, and its size."""
-        size = self.number(2)
-        return self.skip(size), size
-
     def block(self) -> bool:
         """Go over the head of a part that may be missing; return whether it is there."""
-        there = bool(self.number(1))
-        self.skip(2)
-        return there
+        there, _size = _BLOCK.unpack_from(self._state, self.offset)
+        self.offset += _BLOCK.size
+        return bool(there)
 
     def skip_block(self) -> None:
         """Go over a part that may be missing."""
-        there = self.number(1)
-        size = self.number(2)
-        if there:
-            self.skip(size)
+        there, size = _BLOCK.unpack_from(self._state, self.offset)
+        self.offset += _BLOCK.size + (size if there else 0)
 
     def future(self, version: int) -> None:
         """Go over what a later version has put at the end of a structure."""
         if version >= _WITH_LEAST_VERSION:
             self.skip_block()
-
-    def count(self) -> int:
-        """Go over the length of an array; return it."""
-        found = self.number(2)
-        if found > _MAX_ITEMS:
-            raise _UnknownLayoutError
-        return found
 
 
 def freshen(state: bytes, entropy: Callable[[int], bytes]) -> bytes | None:
@@ -118,13 +124,17 @@ def freshen(state: bytes, entropy: Callable[[int], bytes]) -> bytes | None:
     mended = bytearray(body)
     try:
         seed = _to_seed(reader)
-        for offset, byte in enumerate(entropy(_SEED_SIZE), seed):
-            mended[offset] ^= byte
         start, size = _to_commit_nonce(reader)
-    except _UnknownLayoutError:
+        reader.check()
+    except (_UnknownLayoutError, struct.error):
         return None
-    mended[start : start + size] = entropy(size)
-    return bytes(mended) + _checksum(mended)
+    end = seed + _SEED_SIZE
+    mixed = int.from_bytes(body[seed:end], "big") ^ int.from_bytes(entropy(_SEED_SIZE), "big")
+    mended[seed:end] = mixed.to_bytes(_SEED_SIZE, "big")
+    if size:
+        mended[start : start + size] = entropy(size)
+    mended += _checksum(mended)
+    return bytes(mended)
 
 
 def _checksum(body: bytes | bytearray) -> bytes:
@@ -147,13 +157,13 @@ def _to_seed(reader: _Reader) -> int:
     version = reader.header(_DRBG_STATE)
     # reseedCounter.
     reader.skip(8)
-    if reader.number(4) != _DRBG:
+    if reader.u32() != _DRBG:
         raise _UnknownLayoutError
     seed, size = reader.sized()
     if size != _SEED_SIZE:
         raise _UnknownLayoutError
     # lastValue.
-    reader.skip(4 * reader.count())
+    reader.skip(4 * reader.u16())
     reader.future(version)
     # selfHealTimer, lockoutTimer, time.
     reader.skip_block()
@@ -170,7 +180,7 @@ def _to_commit_nonce(reader: _Reader) -> tuple[int, int]:
     reader.sized()
     reader.skip(4 + 8)
     # contextArray, and since it is wide s_ContextSlotMask.
-    contexts = reader.count()
+    contexts = reader.u16()
     reader.skip(2 * contexts + 2 if version >= _WIDE_CONTEXTS else contexts)
     # contextCounter, commandAuditDigest, restartCount, pcrCounter.
     reader.skip(8)
@@ -193,11 +203,15 @@ def _skip_state_clear(reader: _Reader) -> None:
     reader.sized()
     pcrs = reader.header(_PCR_SAVE)
     reader.skip(2)
-    while reader.number(2) != _ALG_NULL:
+    for _ in range(_MAX_BANKS):
+        if reader.u16() == _ALG_NULL:
+            break
         reader.sized()
+    else:
+        raise _UnknownLayoutError
     reader.future(pcrs)
     auths = reader.header(_PCR_AUTHS)
-    for _ in range(reader.count()):
+    for _ in range(reader.u16()):
         reader.sized()
     reader.future(auths)
     reader.future(version)
