@@ -33,6 +33,8 @@ from vtpm.pki.pkcs11 import Pkcs11Signer
 from vtpm.pki.signer import CaPrivateKey, KeySigner, Signer
 from vtpm.seal.keys import KeyProvider
 from vtpm.seal.secret import seal_secret, unseal_secret
+from vtpm.store.authorities import REFUSED
+from vtpm.store.macs import REASON, mismatch
 from vtpm.store.model import AuthorityRecord
 from vtpm.store.store import Store
 
@@ -293,6 +295,10 @@ class HostAuthority:
         issuers: dict[bytes, tuple[AuthorityInfo, Authority]] = {}
         current: Authority | None = None
         for record in self._store.list():
+            if record.state == REFUSED:
+                # Nothing of it is known, so it may be the one in force.
+                self._refused()
+                continue
             if record.role != "ISSUING" or record.state == "PENDING":
                 continue
             with self._tolerated(record):
@@ -304,6 +310,18 @@ class HostAuthority:
                 if record.state == "CURRENT":
                     current = authority
         self._issuers, self.current = issuers, current
+
+    def _refused(self) -> None:
+        """The row of an authority is not as it was written: it signs nothing, and in auto mode no other is made in its place.
+
+        Raises:
+            SealedStateError: ROW_MAC_MISMATCH.
+        """
+        if self._options.mode == "auto":
+            error = mismatch("authorities", "the store's certificate authority")
+            error.remedy = f"{error.remedy}; to start without a CA: ca = manual"
+            raise error
+        log.warning("authority.unusable", state=REFUSED, reason=REASON)
 
     @contextlib.contextmanager
     def _tolerated(self, record: AuthorityRecord) -> Iterator[None]:
