@@ -87,6 +87,7 @@ class HostAuthority:
         self._options = options
         self._lock = threading.Lock()
         self._issuers: dict[bytes, tuple[AuthorityInfo, Authority]] = {}
+        self._certificates: dict[bytes, x509.Certificate] = {}
         self.current: Authority | None = None
 
     @classmethod
@@ -127,6 +128,10 @@ class HostAuthority:
         if found is None:
             raise NotFoundError("CA_NOT_FOUND", "there is no such issuing CA", subject=key_id.hex(), remedy="vtpm ca show")
         return found[1]
+
+    def issuer_certificate(self, key_id: bytes) -> x509.Certificate | None:
+        """Return the certificate of an issuing CA, in force or retired; also of one whose key can't be used just now."""
+        return self._certificates.get(key_id)
 
     def infos(self) -> Sequence[AuthorityInfo]:
         """Return the issuing CAs, that in force first."""
@@ -293,6 +298,7 @@ class HostAuthority:
 
     def _load(self, now: dt.datetime) -> None:
         issuers: dict[bytes, tuple[AuthorityInfo, Authority]] = {}
+        certificates: dict[bytes, x509.Certificate] = {}
         current: Authority | None = None
         for record in self._store.list():
             if record.state == REFUSED:
@@ -302,6 +308,8 @@ class HostAuthority:
             if record.role != "ISSUING" or record.state == "PENDING":
                 continue
             with self._tolerated(record):
+                certificate = load_certificates(record.chain.encode(), "certificate")[0]
+                certificates[subject_key_id(certificate)] = certificate
                 authority = self._loaded(record, now)
                 issuers[authority.key_id] = (
                     AuthorityInfo(authority.key_id, record.state, record.signer, authority.chain),
@@ -309,7 +317,7 @@ class HostAuthority:
                 )
                 if record.state == "CURRENT":
                     current = authority
-        self._issuers, self.current = issuers, current
+        self._issuers, self._certificates, self.current = issuers, certificates, current
 
     def _refused(self) -> None:
         """The row of an authority is not as it was written: it signs nothing, and in auto mode no other is made in its place.

@@ -102,6 +102,7 @@ class Lifecycle:
     def look_after(self, keeper: IdentityKeeper, renewal: Renewal) -> None:
         """Have certified keys looked after from now on; before `recover`."""
         self._keeper, self.renewal = keeper, renewal
+        self.thaws.on_thawed.append(renewal.woke)
 
     def lock(self, instance: uuid.UUID) -> asyncio.Lock:
         """The lock that every change of power takes."""
@@ -317,7 +318,7 @@ class Lifecycle:
         record = await self.blocking(self.store.set_keys, running.record.id, keys, banks)
         self.refresh(record)
         if self._keeper is not None:
-            await self._keeper.replaced(record)
+            await self._keeper.replaced(running, record)
             record = running.record
         log.info("instance.keys_changed", instance=str(record.id), name=record.name)
         self.hub.publish("UPDATED", record)
