@@ -53,8 +53,8 @@ def _become_one() -> None:
                 key.tpmt_public = bytes.fromhex(lie["publics"][key.role])
 
     def template(algorithm: Any) -> bytes:
-        public: bytes = honest_template(algorithm)
-        attributes = int.from_bytes(public[4:8], "big") & ~lie.get("without", 0)
+        public = bytes(honest_template(algorithm))
+        attributes: int = int.from_bytes(public[4:8], "big") & ~int(lie.get("without", 0))
         return public[:4] + attributes.to_bytes(4, "big") + public[8:]
 
     def activate(self: Any, item: Any) -> bytes:
