@@ -11,9 +11,11 @@ even of its column's type can be read, compared and refused, and does not end th
 from __future__ import annotations
 
 import datetime as dt
+import functools
 import hmac
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from hashlib import sha256
 from typing import Any, Final
 
 import sqlalchemy as sa
@@ -46,7 +48,9 @@ class Covered:
 
     def __init__(self, table: sa.Table) -> None:
         self.table = table
-        self.names: Final = tuple(column.name for column in table.columns if column.name != "mac")
+        *names, mac = (column.name for column in table.columns)
+        assert mac == "mac", "it is the last column"
+        self.names: Final = tuple(names)
         (self.key,) = table.primary_key.columns
         self.columns: Final = [sa.type_coerce(column, sa.types.NullType()).label(column.name) for column in table.columns]
 
@@ -76,23 +80,34 @@ def canonical(value: Any) -> Any:
     return int(value) if isinstance(value, bool) else value
 
 
-def encode(table: str, names: Sequence[str], values: Iterable[Any]) -> bytes:
+@functools.cache
+def _heads(table: str, names: tuple[str, ...]) -> tuple[bytes, ...]:
+    """Return what stands before each value."""
+    heads = [_sized(name.encode()) for name in names]
+    heads[0] = _MAGIC + _sized(table.encode()) + heads[0]
+    return tuple(heads)
+
+
+def encode(table: str, names: tuple[str, ...], values: Iterable[Any]) -> bytes:
     """Return what the MAC is over; no two rows have the same."""
-    parts = [_MAGIC, _sized(table.encode())]
-    for name, value in zip(names, values, strict=True):
-        parts.append(_sized(name.encode()))
-        match canonical(value):
-            case None:
-                parts.append(b"n")
-            case bytes() as data:
-                parts.append(b"b" + _sized(data))
-            case str() as text:
-                parts.append(b"s" + _sized(text.encode("utf-8", "surrogatepass")))
-            case int() as number:
-                parts.append(b"i" + _sized(b"%d" % number))
-            case other:
-                # Such as a real number, which no column has.
-                parts.append(b"x" + _sized(repr(other).encode()))
+    parts: list[bytes] = []
+    for head, value in zip(_heads(table, names), values, strict=True):
+        # By the type itself, the usual ones first: a guest waits for some of these.
+        kind = type(value)
+        if kind is str:
+            tag, data = b"s", value.encode("utf-8", "surrogatepass")
+        elif kind is int:
+            tag, data = b"i", b"%d" % value
+        elif kind is bytes:
+            tag, data = b"b", value
+        elif value is None:
+            tag, data = b"n", b""
+        elif (kept := canonical(value)) is not value:
+            tag, data = (b"i", b"%d" % kept) if isinstance(kept, int) else (b"s", kept.encode())
+        else:
+            # Such as a real number, which no column has.
+            tag, data = b"x", repr(value).encode()
+        parts += (head, tag, len(data).to_bytes(4, "big"), data)
     return b"".join(parts)
 
 
@@ -104,22 +119,29 @@ class RowMacs:
     """Makes and checks MACs; thread-safe. Until it has a key (`use`) nothing that carries a MAC can be read or written."""
 
     def __init__(self) -> None:
-        self._key = b""
+        # The two hashes of HMAC after their first block, which is the key's (RFC 2104): a third of the time of starting anew.
+        self._inner = self._outer = sha256()
+        self._has_key = False
         self._told: set[tuple[str, str]] = set()
 
     def use(self, key: bytes) -> None:
         """Take the row key of the store, of 32 bytes, from now on."""
-        self._key = key
+        block = key.ljust(sha256().block_size, b"\0")
+        self._inner, self._outer = (sha256(bytes(byte ^ pad for byte in block)) for pad in (0x36, 0x5C))
+        self._has_key = True
 
-    def of(self, table: str, names: Sequence[str], values: Iterable[Any]) -> bytes:
+    def of(self, table: str, names: tuple[str, ...], values: Iterable[Any]) -> bytes:
         """Return the MAC of a row.
 
         Raises:
             StoreError: ROW_KEY_NOT_THERE.
         """
-        if not self._key:
+        if not self._has_key:
             raise StoreError("ROW_KEY_NOT_THERE", "the store was opened without the key of its rows", subject=table)
-        return hmac.digest(self._key, encode(table, names, values), "sha256")
+        inner, outer = self._inner.copy(), self._outer.copy()
+        inner.update(encode(table, names, values))
+        outer.update(inner.digest())
+        return outer.digest()
 
     def signed(self, covered: Covered, values: Mapping[str, Any]) -> dict[str, Any]:
         """Return a new row with its MAC."""
@@ -128,11 +150,10 @@ class RowMacs:
 
     def is_right(self, covered: Covered, row: Any) -> bool:
         """Whether a row that `covered.columns` gave is as the service wrote it. The log names one that is not, once."""
-        fields = row._mapping
-        mac = self.of(covered.table.name, covered.names, [fields[name] for name in covered.names])
-        right = isinstance(row.mac, bytes) and hmac.compare_digest(row.mac, mac)
+        *values, there = row
+        right = isinstance(there, bytes) and hmac.compare_digest(there, self.of(covered.table.name, covered.names, values))
         if not right:
-            self.tell(covered.table.name, fields[covered.key.name])
+            self.tell(covered.table.name, row._mapping[covered.key.name])
         return right
 
     def tell(self, table: str, key: Any) -> None:
