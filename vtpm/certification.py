@@ -76,7 +76,12 @@ def look_after_identities(
 ) -> Creation:
     """Have instances certified and their keys watched from now on; return what makes TPMs."""
     platform = PlatformRecord(settings.platform_manufacturer, settings.platform_model, settings.platform_version)
-    identity = Identity(lambda: desk.authority.current if desk is not None else None, metrics, platform)
+    identity = Identity(
+        lambda: desk.authority.current if desk is not None else None,
+        lambda key_id: desk.authority.issuer_certificate(key_id) if desk is not None else None,
+        metrics,
+        platform,
+    )
     lifecycle.look_after(IdentityKeeper(lifecycle, identity), Renewal(lifecycle, identity))
     return Creation(lifecycle, identity)
 

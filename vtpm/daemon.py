@@ -45,6 +45,7 @@ from vtpm.log import configure
 from vtpm.metrics import Metrics
 from vtpm.seal.keys import load_key_provider
 from vtpm.store.model import InstanceState
+from vtpm.store.row_key import open_row_key
 from vtpm.store.store import Store
 from vtpm.wire.fdstore import ServiceManagerStore
 from vtpm.wire.mssim import MssimServers
@@ -96,6 +97,7 @@ class Daemon:
                 options=settings.key_provider_options,
                 create=store.is_empty(),
             )
+            await asyncio.to_thread(open_row_key, store, keys)
             freshness = open_freshness(settings, store, keys)
             # After the last commit, before the store closes.
             stack.push_async_callback(freshness.close)

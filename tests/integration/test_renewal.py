@@ -14,6 +14,7 @@ from tests.integration.conftest import Tool
 from tests.support import raw
 from tests.support.certs import certificates, chain
 from tests.support.daemon import DaemonProcess
+from tests.support.waiting import eventually
 from vtpm.api.v1 import certificate_pb2 as cpb
 from vtpm.api.v1 import instance_pb2 as pb
 
@@ -121,3 +122,57 @@ def test_an_ak_that_is_gone_is_not_certified_again(hourly: DaemonProcess, tool: 
     restart_later(hourly, 45)
     time.sleep(2)
     assert certificates(hourly, "web-1")[AK].serial == before.serial
+
+
+def test_a_hibernated_one_is_renewed_when_it_wakes_and_not_woken_for_it(hourly: DaemonProcess) -> None:
+    instance = hourly.running("web-1")
+    hourly.running("web-2")
+    before = {name: certificates(hourly, name)[AK] for name in ("web-1", "web-2")}
+    hourly.hibernate("web-1")
+    restart_later(hourly, 45)
+    # A turn of the renewal has passed when the other has a new one.
+    renewed(hourly, "web-2", before["web-2"])
+    assert hourly.get("web-1").hibernated
+    assert certificates(hourly, "web-1")[AK].serial == before["web-1"].serial
+    raw.succeed(raw.connect(instance.tpm_socket), raw.pcr_read(0))
+    renewed(hourly, "web-1", before["web-1"])
+
+
+def test_after_a_clear_the_ek_is_made_again_for_the_proof(hourly: DaemonProcess, tool: Bind) -> None:
+    run = tool(hourly.running("web-1"))
+    run("tpm2_clear", "-c", "l")
+    assert b"0x81010002" not in run("tpm2_getcap", "handles-persistent").stdout
+    before = certificates(hourly, "web-1")[AK]
+    restart_later(hourly, 45)
+    renewed(hourly, "web-1", before)
+    for kind in ("handles-transient", "handles-loaded-session", "handles-saved-session"):
+        assert run("tpm2_getcap", kind).stdout == b""
+
+
+def test_a_guest_with_an_endorsement_auth_keeps_the_certificate_that_it_has(hourly: DaemonProcess, tool: Bind) -> None:
+    run = tool(hourly.running("web-1"))
+    run("tpm2_changeauth", "-c", "e", "secret")
+    before = certificates(hourly, "web-1")[AK]
+    restart_later(hourly, 45)
+    eventually(lambda: "renewal.failed" in hourly.log_text(), 20, told=hourly.log_text)
+    assert certificates(hourly, "web-1")[AK].serial == before.serial
+    for kind in ("handles-transient", "handles-loaded-session", "handles-saved-session"):
+        assert run("tpm2_getcap", kind).stdout == b""
+    # With its auth back to what it was it is renewed at the next turn.
+    run("tpm2_changeauth", "-c", "e", "-p", "secret")
+    hourly.stop()
+    hourly.start()
+    renewed(hourly, "web-1", before)
+
+
+@pytest.mark.parametrize("layout", [pb.AZURE, pb.GCE])
+def test_the_aks_of_a_cloud_s_agents_are_proven_and_renewed(hourly: DaemonProcess, layout: pb.NvLayout.ValueType) -> None:
+    hourly.running("web-1", profile=pb.Profile(ek_algorithms=[pb.RSA_2048], nv_layout=layout))
+    before = certificates(hourly, "web-1")
+    restart_later(hourly, 45)
+    for kind, algorithm in [key for key in before if key[0] in ("AK", "GUEST_AK")]:
+        eventually(
+            lambda key=(kind, algorithm): certificates(hourly, "web-1")[key].serial != before[key].serial,  # type: ignore[misc]
+            20,
+            told=hourly.log_text,
+        )

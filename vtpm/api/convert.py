@@ -257,7 +257,8 @@ def instance_to_proto(
         state=pb.State.Value(record.state.value),
         profile=pb.Profile(
             ek_algorithms=[pb.KeyAlgorithm.Value(name) for name in record.profile.ek_algorithms],
-            ak_algorithm=pb.KeyAlgorithm.Value(record.profile.ak_algorithm),
+            # Not known of an instance whose row is refused.
+            ak_algorithm=pb.KeyAlgorithm.Value(record.profile.ak_algorithm or "KEY_ALGORITHM_UNSPECIFIED"),
             pcr_banks=[pb.PcrBank.Value(name.upper()) for name in record.profile.pcr_banks],
             nv_layout=pb.NvLayout.Value(record.profile.nv_layout),
         ),

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from vtpm.config import Settings
     from vtpm.store.backup import OpenedBackup
     from vtpm.store.backup_file import Manifest
+    from vtpm.store.store import Store
 
 app = typer.Typer(no_args_is_help=True, help="Back up the store, check backups, restore them.")
 
@@ -111,10 +112,9 @@ def _restore_store(file: Path, identities: list[Any], settings: Settings, form: 
             if leftover.exists():
                 raise backup.not_empty(leftover)
         with backup.opened(file, identities, store.parent) as opened:
-            made = backup.make_store(opened)
             written = _put_key_file(opened, settings)
             try:
-                _check_keys(made, settings)
+                made = backup.make_store(opened, lambda store: _check_keys(store, settings))
                 backup.install(made, store)
             except BaseException:
                 if written is not None:
@@ -147,17 +147,15 @@ def _put_key_file(opened: OpenedBackup, settings: Settings) -> Path | None:
     return path
 
 
-def _check_keys(store: Path, settings: Settings) -> None:
-    """Refuse a store whose data keys can't be unwrapped here: one of each key-encryption key is tried."""
+def _check_keys(opened: Store, settings: Settings) -> None:
+    """Refuse a store whose data keys can't be unwrapped here: one of each key-encryption key is tried. Then open its rows: the
+    operator puts them there."""
     import uuid
 
     from vtpm.seal.keys import load_key_provider
-    from vtpm.store.store import Store
+    from vtpm.store.row_key import open_row_key
 
-    opened = Store.open(f"sqlite:///{store}")
     try:
-        if opened.is_empty():
-            return
         provider = load_key_provider(
             settings.key_provider, state_dir=settings.state_dir, options=settings.key_provider_options, create=False
         )
@@ -169,6 +167,7 @@ def _check_keys(store: Path, settings: Settings) -> None:
                 if (wrapped.provider, wrapped.key_id) not in tried:
                     provider.unwrap(wrapped, instance)
                     tried.add((wrapped.provider, wrapped.key_id))
+        open_row_key(opened, provider, restored=True)
     except KeyProviderError as error:
         raise KeyProviderError(
             error.reason,
@@ -176,8 +175,6 @@ def _check_keys(store: Path, settings: Settings) -> None:
             subject=error.subject,
             remedy=error.remedy,
         ) from None
-    finally:
-        opened.close()
 
 
 # ---- one instance --------------------------------------------------------------------------------------------------------

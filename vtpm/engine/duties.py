@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from vtpm.engine.software import SoftwareTpm
 
 _NEED_POWER: Final = frozenset(
-    ("read_pcrs", "quote", "measure", "get_event_log", "get_keys", "hash_sequence", "write_nv", "read_nv")
+    ("read_pcrs", "quote", "measure", "get_event_log", "get_keys", "hash_sequence", "write_nv", "read_nv", "prove")
 )
 _RUN_COMMANDS: Final = _NEED_POWER | {"execute"}
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 # Rises when the messages between daemon, engine host and worker change in a way that an older peer can't follow.
-PROTOCOL: Final = 4
+PROTOCOL: Final = 5
 MAX_MESSAGE_SIZE: Final = 64 << 10
 _WORKERS_A_MESSAGE: Final = 500
 _SPARES: Final = 2

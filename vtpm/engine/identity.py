@@ -54,16 +54,11 @@ class TouchedKeys:
     generation: int
 
 
-class FreshTpm:
-    """A TPM that was just manufactured. Its keys are claims of its worker until they are proven (`activate`)."""
+class HeldTpm:
+    """A TPM without a guest, in a worker that waits for what its NV is to hold."""
 
-    def __init__(self, request: Request, made: pb.Manufactured) -> None:
+    def __init__(self, request: Request) -> None:
         self._request = request
-        self.keys = key_records(made.keys)
-        properties = made.properties
-        self.properties = TpmProperties(
-            properties.manufacturer, properties.vendor, properties.firmware_version, properties.revision
-        )
 
     async def activate(self, challenges: Sequence[Challenge]) -> list[bytes]:
         """Return the secret of each credential, as the TPM opens it (TPM2_ActivateCredential).
@@ -71,18 +66,36 @@ class FreshTpm:
         Raises:
             TpmError: the TPM can't open one.
         """
-        items = [_credential(challenge) for challenge in challenges]
-        request = pb.WorkerRequest(activate_credentials=pb.ActivateCredentials(credentials=items))
+        request = pb.WorkerRequest(activate_credentials=credentials_of(challenges))
         return list((await self._request(request)).activated_credentials.secrets)
+
+
+class FreshTpm(HeldTpm):
+    """A TPM that was just manufactured. Its keys are claims of its worker until they are proven (`activate`)."""
+
+    def __init__(self, request: Request, made: pb.Manufactured) -> None:
+        super().__init__(request)
+        self.keys = key_records(made.keys)
+        properties = made.properties
+        self.properties = TpmProperties(
+            properties.manufacturer, properties.vendor, properties.firmware_version, properties.revision
+        )
 
 
 # Says what is in the NV of a new TPM, or raises what makes the TPM not worth keeping.
 Certify = Callable[[FreshTpm], Awaitable[Sequence[NvEntry]]]
+# The same of a TPM that does not run just now: what of its NV is made anew.
+Recertify = Callable[[HeldTpm], Awaitable[Sequence[NvEntry]]]
 
 
 def key_records(keys: Sequence[pb.ManufacturedKey]) -> tuple[KeyRecord, ...]:
     """Return the keys of a reply."""
     return tuple(KeyRecord(key.role, key.algorithm, key.handle, key.tpmt_public) for key in keys)
+
+
+def credentials_of(challenges: Sequence[Challenge]) -> pb.ActivateCredentials:
+    """Return challenges for a request."""
+    return pb.ActivateCredentials(credentials=[_credential(challenge) for challenge in challenges])
 
 
 def _credential(challenge: Challenge) -> pb.Credential:
@@ -95,6 +108,7 @@ def _credential(challenge: Challenge) -> pb.Credential:
         blob=challenge.credential.blob,
         encrypted_secret=challenge.credential.encrypted_secret,
         made_anew="" if challenge.ak.handle else challenge.ak.algorithm,
+        ek_algorithm=challenge.ek.algorithm,
     )
 
 

@@ -9,11 +9,10 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from vtpm.engine.events import Origin
-from vtpm.engine.identity import Certify, ExtraKey, TouchedKeys
+from vtpm.engine.identity import Certify, Challenge, ExtraKey, Recertify, TouchedKeys
 from vtpm.engine.v1 import link_pb2 as pb
 from vtpm.store.commits import AnyCommit
 from vtpm.store.model import KeyRecord, ProfileRecord, SealedState
-from vtpm.tpm.nv import NvEntry
 from vtpm.tpm.pcr import PcrBank, PcrSelection
 from vtpm.tpm.ptm import ControlCommand
 
@@ -226,6 +225,9 @@ class RunningTpm(Protocol):
     async def read_nv(self, index: int, *, secret_auth: bool = False) -> bytes:
         """Read an index by its own auth, which is empty or the service's."""
 
+    async def prove(self, challenges: Sequence[Challenge]) -> list[bytes]:
+        """Return the secret of each credential, as the TPM opens it between two guest commands (invariant 5)."""
+
     async def attach(self, connection: socket.socket) -> None:
         """Serve a control connection of the VM, whose end powers the TPM off."""
 
@@ -258,10 +260,11 @@ class Engine(Protocol):
     ) -> Manufactured:
         """Make a new TPM and return it sealed; nothing of it runs on. `certify` is asked what its NV holds."""
 
-    async def reprovision(
-        self, instance: uuid.UUID, state: SealedState, data_key: bytes, entries: Sequence[NvEntry]
-    ) -> SealedState:
-        """Define and write NV indices anew in a TPM that does not run; return its state at the next version of its epoch."""
+    async def reprovision(self, instance: uuid.UUID, state: SealedState, data_key: bytes, certify: Recertify) -> SealedState:
+        """Define and write NV indices anew in a TPM that does not run; return its state at the next version of its epoch.
+
+        `certify` is asked which, and may have the TPM prove its keys before it says so.
+        """
 
     async def power_on(self, order: PowerOn) -> RunningTpm:
         """Run a TPM from its sealed state.

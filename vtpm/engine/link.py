@@ -18,7 +18,7 @@ from vtpm.engine import descriptors
 from vtpm.engine.committer import Channel
 from vtpm.engine.events import Origin, origin_of
 from vtpm.engine.framing import FrameReader, frame
-from vtpm.engine.identity import TouchedKeys, key_records
+from vtpm.engine.identity import Challenge, TouchedKeys, credentials_of, key_records
 from vtpm.engine.interface import MeasuredLog, PcrValue, PcrValues, Quoted
 from vtpm.engine.v1 import link_pb2 as pb
 from vtpm.errors import EngineError, ErrorKind, TpmError, VtpmError
@@ -340,6 +340,11 @@ class WorkerLink(asyncio.Protocol):
         """See RunningTpm."""
         order = pb.ReadNv(index=index, secret_auth=secret_auth)
         return (await self.request(pb.WorkerRequest(read_nv=order))).nv_contents.data
+
+    async def prove(self, challenges: Sequence[Challenge]) -> list[bytes]:
+        """See RunningTpm."""
+        reply = await self.request(pb.WorkerRequest(prove=credentials_of(challenges)))
+        return list(reply.activated_credentials.secrets)
 
     async def attach(self, connection: socket.socket) -> None:
         """See RunningTpm."""

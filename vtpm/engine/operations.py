@@ -259,7 +259,14 @@ class Operations:
 
     def make_transient_ak(self, algorithm: KeyAlgorithm) -> int:
         """Make that key again; return its handle, for the caller to flush."""
-        transient, _ = self._create_primary(ESYS_TR.ENDORSEMENT, ak_template(algorithm))
+        return self._transient(ak_template(algorithm))
+
+    def make_transient_ek(self, algorithm: KeyAlgorithm) -> int:
+        """Make an EK again, whose handle the guest has emptied; return its transient handle, for the caller to flush."""
+        return self._transient(ek_template(algorithm))
+
+    def _transient(self, template: bytes) -> int:
+        transient, _ = self._create_primary(ESYS_TR.ENDORSEMENT, template)
         handle = int(self._esapi.tr_get_tpm_handle(transient))
         # The TSS forgets the object; the TPM keeps it.
         self._esapi.tr_close(transient)

@@ -26,7 +26,7 @@ from vtpm.tpm.command import HEADER_SIZE, build
 from vtpm.tpm.credential import Credential
 from vtpm.tpm.keys import KeyAlgorithm
 from vtpm.tpm.layouts import AZURE_REPORT, AZURE_USER_DATA
-from vtpm.tpm.service import response_code
+from vtpm.tpm.service import read_public_command, response_code
 
 if TYPE_CHECKING:
     import uuid
@@ -64,6 +64,7 @@ class Provisioning:
         self._durable = durable
         self.requests: Mapping[str, Callable[[pb.WorkerRequest, pb.WorkerReply], None]] = {
             "activate_credentials": self._activate_credentials,
+            "prove": self._activate_credentials,
             "provision": self._provision,
             "reprovision": self._reprovision,
             "write_nv": self._write_nv,
@@ -108,7 +109,8 @@ class Provisioning:
 
     def _activate_credentials(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:
         reply.activated_credentials.SetInParent()
-        for item in request.activate_credentials.credentials:
+        order = request.prove if request.HasField("prove") else request.activate_credentials
+        for item in order.credentials:
             reply.activated_credentials.secrets.append(self._activate(item))
 
     def _activate(self, item: pb.Credential) -> bytes:
@@ -121,6 +123,22 @@ class Provisioning:
         return self._activate_for(item.ak, item)
 
     def _activate_for(self, ak: int, item: pb.Credential) -> bytes:
+        if not item.ek_algorithm or not self._is_empty(item.ek):
+            return self._activate_with(ak, item.ek, item)
+        ek = self._operations.make_transient_ek(KeyAlgorithm(item.ek_algorithm))
+        try:
+            return self._activate_with(ak, ek, item)
+        finally:
+            self._run("TPM2_FlushContext", activation.flush_command(ek))
+
+    def _is_empty(self, handle: int) -> bool:
+        """Whether there is no key, as TPM2_Clear and TPM2_EvictControl leave it."""
+        rc = response_code(self._answer(read_public_command(handle)))
+        if rc and rc & _RC_FORMAT_ONE_MASK != _RC_HANDLE:
+            raise tpm_error("TPM2_ReadPublic", rc)
+        return bool(rc)
+
+    def _activate_with(self, ak: int, ek: int, item: pb.Credential) -> bytes:
         credential = Credential(item.blob, item.encrypted_secret)
         session = None
         if item.by_policy:
@@ -129,7 +147,7 @@ class Provisioning:
         try:
             if session is not None:
                 self._run("TPM2_PolicySecret", activation.policy_secret_command(session))
-            command = activation.activate_credential_command(ak, item.ek, session, credential)
+            command = activation.activate_credential_command(ak, ek, session, credential)
             secret = activation.parse_activate_credential(self._run("TPM2_ActivateCredential", command))
             session = None
         finally:
@@ -172,7 +190,9 @@ class Provisioning:
 
     def _provision(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:
         order = request.provision
-        self._finish(order.data_key, Place(_uuid(order.instance), StateKind.PERMANENT, 0, 1), order.entries, reply)
+        epoch, version = (order.place.epoch, order.place.version) if order.HasField("place") else (0, 1)
+        place = Place(_uuid(order.instance), StateKind.PERMANENT, epoch, version)
+        self._finish(order.data_key, place, order.entries, reply)
 
     def _reprovision(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:
         order = request.reprovision
@@ -182,8 +202,7 @@ class Provisioning:
         self._tpm.power_on(unseal(order.data_key, place, order.sealed))
         self._operations.forget()
         self._operations.startup_clear()
-        following = Place(place.instance, place.kind, place.epoch, place.version + 1)
-        self._finish(order.data_key, following, order.entries, reply)
+        reply.done.SetInParent()
 
     def _finish(self, data_key: bytes, place: Place, entries: Iterable[pb.NvEntry], reply: pb.WorkerReply) -> None:
         """Put the indices there, shut the TPM down, and reply with its sealed state."""

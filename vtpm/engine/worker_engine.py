@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-from vtpm.engine.identity import Certify, ExtraKey
+from vtpm.engine.identity import Certify, ExtraKey, Recertify
 from vtpm.engine.interface import (
     EngineCapabilities,
     EngineEvents,
@@ -24,7 +24,6 @@ from vtpm.engine.v1 import link_pb2 as pb
 from vtpm.engine.workers import Workers
 from vtpm.errors import EngineError, ErrorKind
 from vtpm.store.model import ProfileRecord, SealedState
-from vtpm.tpm.nv import NvEntry
 
 
 class WorkerEngine:
@@ -87,11 +86,9 @@ class WorkerEngine:
         worker.nice = nice
         return await self._workers.manufacture(worker, instance, profile, data_key, certify=certify, extra_keys=extra_keys)
 
-    async def reprovision(
-        self, instance: uuid.UUID, state: SealedState, data_key: bytes, entries: Sequence[NvEntry]
-    ) -> SealedState:
+    async def reprovision(self, instance: uuid.UUID, state: SealedState, data_key: bytes, certify: Recertify) -> SealedState:
         """See Engine."""
-        return await self._workers.reprovision(self._worker(), instance, state, data_key, entries)
+        return await self._workers.reprovision(self._worker(), instance, state, data_key, certify)
 
     async def power_on(self, order: PowerOn) -> WorkerLink:
         """See Engine."""

@@ -24,7 +24,7 @@ from vtpm.engine.exits import (
     EXIT_STOPPED,
 )
 from vtpm.engine.host import PROTOCOL
-from vtpm.engine.identity import Certify, ExtraKey, FreshTpm, key_records, nv_entries
+from vtpm.engine.identity import Certify, ExtraKey, FreshTpm, HeldTpm, Recertify, key_records, nv_entries
 from vtpm.engine.interface import (
     Adopted,
     EngineEvents,
@@ -43,7 +43,6 @@ from vtpm.engine.software import LIBTPMS
 from vtpm.engine.v1 import link_pb2 as pb
 from vtpm.errors import EngineError, ErrorKind, VtpmError
 from vtpm.store.model import ProfileRecord, SealedState
-from vtpm.tpm.nv import NvEntry
 
 log: Final = structlog.get_logger("vtpm.engine")
 
@@ -342,7 +341,7 @@ class Workers:
         return Manufactured(sealed, key_records(made.keys))
 
     async def reprovision(
-        self, worker: pb.Spawn, instance: uuid.UUID, state: SealedState, data_key: bytes, entries: Sequence[NvEntry]
+        self, worker: pb.Spawn, instance: uuid.UUID, state: SealedState, data_key: bytes, certify: Recertify
     ) -> SealedState:
         """See Engine; `worker` says which engine."""
         worker.instance = f"{instance}/provision"
@@ -352,9 +351,12 @@ class Workers:
                 data_key=data_key,
                 place=pb.Place(instance=instance.bytes, epoch=state.epoch, version=state.version),
                 sealed=state.blob,
-                entries=nv_entries(entries),
             )
-            sealed = (await link.request(pb.WorkerRequest(reprovision=order))).provisioned.sealed
+            await link.request(pb.WorkerRequest(reprovision=order))
+            entries = nv_entries(await certify(HeldTpm(link.request)))
+            place = pb.Place(instance=instance.bytes, epoch=state.epoch, version=state.version + 1)
+            provision = pb.Provision(data_key=data_key, instance=instance.bytes, entries=entries, place=place)
+            sealed = (await link.request(pb.WorkerRequest(provision=provision))).provisioned.sealed
         finally:
             await link.stop()
         return SealedState(state.epoch, state.version + 1, sealed)

@@ -2,6 +2,8 @@
 
 A proof is answered once, for the instance and the key that it was begun for, in time and with the right secret; whatever else
 comes is refused, recorded, and counts against the instance's allowance.
+
+Invariant 9: the EK is that of a certificate that this CA issued for the instance, not what a list of keys says.
 """
 
 from __future__ import annotations
@@ -13,21 +15,22 @@ import secrets
 import time
 import uuid
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, NoReturn
 
 import structlog
 from cryptography import x509
 
-from vtpm.errors import ErrorKind, FailedPreconditionError, InvalidArgumentError, VtpmError
-from vtpm.instance.certification import record_of
+from vtpm.errors import EngineError, ErrorKind, FailedPreconditionError, InvalidArgumentError, TpmError, VtpmError
+from vtpm.instance.certification import AK, EK, record_of
 from vtpm.instance.identity import Identity
 from vtpm.instance.lifecycle import Lifecycle
+from vtpm.instance.proof import certified_eks, certified_key, prove
 from vtpm.pki.authority import Authority
 from vtpm.store.model import CertificateRecord, IdentityState, InstanceRecord, KeyRecord
 from vtpm.tpm.credential import Credential, make_credential, new_secret
 from vtpm.tpm.keys import ObjectAttribute, key_algorithm, name_of, parse_public
+from vtpm.tpm.layouts import NvLayout
 
 audit: Final = structlog.get_logger("vtpm.audit")
 
@@ -45,6 +48,11 @@ _NEEDED: Final = (
     | ObjectAttribute.RESTRICTED
     | ObjectAttribute.SIGN
 )
+# What a TPM answers whose guest keeps it from a proof of the service's: no room for objects and sessions, an auth of its own,
+# keys that firmware took away, a hierarchy that it disabled.
+_RC_FORMAT_ONE: Final = 0x80
+_RC_FORMAT_ONE_MASK: Final = 0xBF
+_KEPT_BUSY: Final = frozenset((0x902, 0x903, 0x904, 0x905, 0x906, 0x921, 0x8E, 0xA2, 0x8B, 0x85))
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +104,7 @@ class Activations:
         self._spend(record)
         self._authority()
         public = _ak_public(ak_public)
-        ek = self._ek(record, ek_algorithm)
+        ek = await self._lifecycle.blocking(self._ek, record, ek_algorithm)
         secret = new_secret()
         credential = await self._lifecycle.blocking(make_credential, ek.tpmt_public, name_of(public), secret)
         activation = secrets.token_urlsafe(24)
@@ -104,7 +112,9 @@ class Activations:
         expires = dt.datetime.now(dt.UTC) + dt.timedelta(seconds=self._timeout_s)
         self._identity.metrics.count_activation("begun")
         audit.info("activation.begun", instance=str(record.id), activation=activation[:8], ak=name_of(public).hex())
-        return Begun(activation, credential, ek, expires)
+        # Where it is just now is for the guest's convenience; with 0 it makes the EK from its template.
+        there = next((key.handle for key in record.keys if (key.role, key.algorithm) == (EK, ek.algorithm)), 0)
+        return Begun(activation, credential, replace(ek, handle=there), expires)
 
     async def complete(self, ref: str, activation: str, secret: bytes) -> Certified:
         """Certify the key, if this is the secret that its TPM was given.
@@ -125,8 +135,7 @@ class Activations:
             self._refuse(record, activation, "ACTIVATION_EXPIRED", f"the answer took more than {self._timeout_s:g} s")
         if not hmac.compare_digest(proof.secret, secret):
             self._refuse(record, activation, "ACTIVATION_WRONG", "this is not the secret; the key was not proven")
-        if proof.ek_public not in {key.tpmt_public for key in record.keys}:
-            self._refuse(record, activation, "ACTIVATION_WRONG", "the EK of this proof is not the instance's any more")
+        await self._check_ek(record, activation, proof)
         authority = self._authority()
         certificate = await asyncio.shield(self._lifecycle.blocking(self._issue, authority, record.id, proof.ak_public))
         self._identity.metrics.count_activation("certified")
@@ -155,24 +164,61 @@ class Activations:
             )
         return authority
 
-    def _ek(self, record: InstanceRecord, algorithm: str) -> KeyRecord:
-        eks: Sequence[KeyRecord] = [key for key in record.keys if key.role == "EK"]
-        if record.identity is not IdentityState.CERTIFIED or not eks:
+    def _eks(self, record: InstanceRecord) -> list[KeyRecord]:
+        """Return the EKs that are certified for an instance. Blocking.
+
+        Raises:
+            FailedPreconditionError: IDENTITY_NOT_CERTIFIED; as vtpm.instance.proof.certified_eks.
+        """
+        if record.identity is not IdentityState.CERTIFIED:
             raise FailedPreconditionError(
                 "IDENTITY_NOT_CERTIFIED",
                 f"the instance's EKs are not certified: it is {record.identity.value}",
                 subject=record.name,
                 remedy="create a new instance",
             )
-        for key in eks:
-            if algorithm in ("", key.algorithm):
-                return key
+        current = self._lifecycle.store.certificates.current(record.id)
+        return [key for _, key in certified_eks(record.id, current, self._identity.issuer)]
+
+    def _ek(self, record: InstanceRecord, algorithm: str) -> KeyRecord:
+        """Return the EK that is wanted, by default the profile's first. Blocking."""
+        eks = {key.algorithm: key for key in self._eks(record)}
+        for wanted in (algorithm,) if algorithm else record.profile.ek_algorithms:
+            if wanted in eks:
+                return eks[wanted]
         raise InvalidArgumentError(
-            "EK_UNKNOWN",
-            "the instance has no such EK",
-            subject=algorithm[:80],
-            remedy=f"one of {', '.join(k.algorithm for k in eks)}",
+            "EK_UNKNOWN", "the instance has no such EK", subject=algorithm[:80], remedy=f"one of {', '.join(eks)}"
         )
+
+    async def _check_ek(self, record: InstanceRecord, activation: str, proof: _Open) -> None:
+        """Refuse if the EK that the guest's answer was made with is not the instance's, or not that of the TPM that runs now.
+
+        Raises:
+            FailedPreconditionError: ACTIVATION_WRONG; IDENTITY_NOT_CERTIFIED.
+        """
+        blocking, issuer = self._lifecycle.blocking, self._identity.issuer
+        eks = await blocking(self._eks, record)
+        ek = next((key for key in eks if key.tpmt_public == proof.ek_public), None)
+        running = self._lifecycle.by_id(record.id)
+        if ek is None or running is None:
+            self._refuse(record, activation, "ACTIVATION_WRONG", "the EK of this proof is not the instance's any more")
+        current = await blocking(self._lifecycle.store.certificates.current, record.id)
+        aks = [item for item in current if item.kind == AK and item.revoked_at is None]
+        layout = NvLayout(record.profile.nv_layout)
+        pairs = [(await blocking(certified_key, item, layout, issuer), ek) for item in aks]
+        elsewhere = "the TPM that runs now does not have the EK of this proof"
+        try:
+            await prove(running.tpm.prove, pairs, blocking)
+        except TpmError as error:
+            if (error.rc & _RC_FORMAT_ONE_MASK if error.rc & _RC_FORMAT_ONE else error.rc) not in _KEPT_BUSY:
+                self._refuse(record, activation, "ACTIVATION_WRONG", elsewhere)
+            # The guest uses all of the TPM's memory, or has an endorsement auth of its own. What it has answered is the proof:
+            # only the TPM with that EK could.
+            audit.info("activation.ek_in_use", instance=str(record.id), activation=activation[:8], tpm_rc=f"0x{error.rc:03x}")
+        except EngineError as error:
+            if error.reason != "IDENTITY_NOT_PROVEN":
+                raise
+            self._refuse(record, activation, "ACTIVATION_WRONG", elsewhere)
 
     def _spend(self, record: InstanceRecord) -> None:
         """Take one from the instance's allowance.

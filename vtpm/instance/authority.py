@@ -33,6 +33,8 @@ from vtpm.pki.pkcs11 import Pkcs11Signer
 from vtpm.pki.signer import CaPrivateKey, KeySigner, Signer
 from vtpm.seal.keys import KeyProvider
 from vtpm.seal.secret import seal_secret, unseal_secret
+from vtpm.store.authorities import REFUSED
+from vtpm.store.macs import REASON, mismatch
 from vtpm.store.model import AuthorityRecord
 from vtpm.store.store import Store
 
@@ -85,6 +87,7 @@ class HostAuthority:
         self._options = options
         self._lock = threading.Lock()
         self._issuers: dict[bytes, tuple[AuthorityInfo, Authority]] = {}
+        self._certificates: dict[bytes, x509.Certificate] = {}
         self.current: Authority | None = None
 
     @classmethod
@@ -125,6 +128,10 @@ class HostAuthority:
         if found is None:
             raise NotFoundError("CA_NOT_FOUND", "there is no such issuing CA", subject=key_id.hex(), remedy="vtpm ca show")
         return found[1]
+
+    def issuer_certificate(self, key_id: bytes) -> x509.Certificate | None:
+        """Return the certificate of an issuing CA, in force or retired; also of one whose key can't be used just now."""
+        return self._certificates.get(key_id)
 
     def infos(self) -> Sequence[AuthorityInfo]:
         """Return the issuing CAs, that in force first."""
@@ -291,11 +298,18 @@ class HostAuthority:
 
     def _load(self, now: dt.datetime) -> None:
         issuers: dict[bytes, tuple[AuthorityInfo, Authority]] = {}
+        certificates: dict[bytes, x509.Certificate] = {}
         current: Authority | None = None
         for record in self._store.list():
+            if record.state == REFUSED:
+                # Nothing of it is known, so it may be the one in force.
+                self._refused()
+                continue
             if record.role != "ISSUING" or record.state == "PENDING":
                 continue
             with self._tolerated(record):
+                certificate = load_certificates(record.chain.encode(), "certificate")[0]
+                certificates[subject_key_id(certificate)] = certificate
                 authority = self._loaded(record, now)
                 issuers[authority.key_id] = (
                     AuthorityInfo(authority.key_id, record.state, record.signer, authority.chain),
@@ -303,7 +317,19 @@ class HostAuthority:
                 )
                 if record.state == "CURRENT":
                     current = authority
-        self._issuers, self.current = issuers, current
+        self._issuers, self._certificates, self.current = issuers, certificates, current
+
+    def _refused(self) -> None:
+        """The row of an authority is not as it was written: it signs nothing, and in auto mode no other is made in its place.
+
+        Raises:
+            SealedStateError: ROW_MAC_MISMATCH.
+        """
+        if self._options.mode == "auto":
+            error = mismatch("authorities", "the store's certificate authority")
+            error.remedy = f"{error.remedy}; to start without a CA: ca = manual"
+            raise error
+        log.warning("authority.unusable", state=REFUSED, reason=REASON)
 
     @contextlib.contextmanager
     def _tolerated(self, record: AuthorityRecord) -> Iterator[None]:

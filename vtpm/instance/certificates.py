@@ -24,6 +24,9 @@ log: Final = structlog.get_logger("vtpm.certificates")
 
 # Who asks over HTTP again and again gets what was made a moment ago.
 _FRESH_S: Final = 5.0
+_LOOK_S: Final = 60.0
+# Of rows that the service did not write; who can write the store could fill it with them.
+_MOST_REFUSED: Final = 10_000
 # Revoked certificates stay on the CRL a little beyond their end: clocks differ.
 _AFTER_EXPIRY: Final = dt.timedelta(days=7)
 
@@ -45,6 +48,9 @@ class CertificateDesk:
         self.authority = authority
         self._lock = threading.Lock()
         self._crls: dict[bytes, _Made] = {}
+        # Serial numbers of rows that the service did not write, and since when that is known.
+        self._refused_since: dict[int, dt.datetime] = {}
+        self._looked_at = -_LOOK_S
 
     def list(self, ref: str, *, history: bool) -> Sequence[CertificateRecord]:
         """Return an instance's certificates: those in force, or all that are recorded, newest first. `ref` may be the id of an
@@ -121,6 +127,7 @@ class CertificateDesk:
                 return made.der
             revoked = self._certificates.revoked(authority.key_id, moment - _AFTER_EXPIRY)
             entries = tuple((r.serial, r.revoked_at or moment, r.revocation_reason) for r in revoked)
+            entries += self._refused({r.serial for r in revoked}, moment, fresh=fresh)
             if made is not None and young and made.entries == entries:
                 self._crls[authority.key_id] = dataclasses.replace(made, looked_at=time.monotonic())
                 return made.der
@@ -129,6 +136,18 @@ class CertificateDesk:
             self._crls[authority.key_id] = _Made(der, entries, moment, time.monotonic())
         log.info("crl.made", issuer=authority.key_id.hex(), number=number, revoked=len(entries))
         return der
+
+    def _refused(self, named: set[int], moment: dt.datetime, *, fresh: bool) -> tuple[tuple[int, dt.datetime, str], ...]:
+        """Return entries for what the store says, and the service did not write: nobody makes a certificate valid that way.
+
+        Who changed the row may have changed whose it is, so every CA's CRL names it. All rows are looked at now and then.
+        """
+        now_s = time.monotonic()
+        if fresh or now_s - self._looked_at >= _LOOK_S:
+            self._looked_at = now_s
+            found = self._certificates.refused()
+            self._refused_since = {serial: self._refused_since.get(serial, moment) for serial in found[:_MOST_REFUSED]}
+        return tuple((serial, since, "unspecified") for serial, since in self._refused_since.items() if serial not in named)
 
     def published(self, path: str) -> tuple[str, bytes] | None:
         """Return what `path` of the distribution point holds, with its media type; None where there is nothing."""

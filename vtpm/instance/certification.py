@@ -19,6 +19,7 @@ from vtpm.engine.identity import GUEST_AK, Challenge, FreshTpm, TpmProperties
 from vtpm.errors import EngineError, ErrorKind
 from vtpm.pki.authority import Authority
 from vtpm.pki.model import CertificateKind, IssuedCertificate, PlatformDescription, TpmDescription
+from vtpm.store.certificates import subject_key_of
 from vtpm.store.model import CertificateRecord, KeyRecord, PlatformRecord
 from vtpm.tpm.credential import make_credential, new_secret
 from vtpm.tpm.keys import KeyAlgorithm, ak_template, ek_template, name_of, parse_public
@@ -65,9 +66,7 @@ class Certification:
             FailedPreconditionError: the CA can't issue now.
         """
         challenges, secrets = await self._blocking(lambda: _challenges(tpm.keys))
-        answers = await tpm.activate(challenges)
-        if len(answers) != len(secrets) or not all(map(hmac.compare_digest, answers, secrets)):
-            raise not_proven("the TPM has opened a credential to something else")
+        check_answers(secrets, await tpm.activate(challenges))
         self.certificates = await self._blocking(lambda: self._issue(tpm))
         certificates = {(item.kind, item.algorithm): item.der for item in self.certificates}
         publics = {(key.role, key.algorithm): key.tpmt_public for key in tpm.keys}
@@ -110,12 +109,27 @@ def _challenges(keys: Sequence[KeyRecord]) -> tuple[list[Challenge], list[bytes]
     pairs += [(ak, eks[0]) for ak in keys if ak.role == GUEST_AK]
     if not pairs:
         raise not_proven("the TPM has no EK or no AK")
+    return make_challenges(pairs)
+
+
+def make_challenges(pairs: Sequence[tuple[KeyRecord, KeyRecord]]) -> tuple[list[Challenge], list[bytes]]:
+    """Return a credential for each pair of an AK and an EK, and their secrets: who opens one holds both in one TPM."""
     secrets = [new_secret() for _ in pairs]
     challenges = [
         Challenge(ak, ek, make_credential(ek.tpmt_public, name_of(ak.tpmt_public), secret))
         for (ak, ek), secret in zip(pairs, secrets, strict=True)
     ]
     return challenges, secrets
+
+
+def check_answers(secrets: Sequence[bytes], answers: Sequence[bytes]) -> None:
+    """Compare what the TPM has opened with what the credentials hold.
+
+    Raises:
+        EngineError: IDENTITY_NOT_PROVEN.
+    """
+    if len(answers) != len(secrets) or not all(map(hmac.compare_digest, answers, secrets)):
+        raise not_proven("the TPM has opened a credential to something else")
 
 
 def _check_template(key: KeyRecord) -> None:
@@ -138,6 +152,7 @@ def record_of(certificate: IssuedCertificate, instance: uuid.UUID, kind: str, al
         not_before=certificate.not_before,
         not_after=certificate.not_after,
         issuer_key_id=certificate.issuer_key_id,
+        subject_key=subject_key_of(kind, certificate.der),
     )
 
 

@@ -8,6 +8,8 @@ import uuid
 from collections.abc import Callable
 from typing import Final, Protocol
 
+from cryptography import x509
+
 from vtpm.instance.certification import Blocking, Certification
 from vtpm.pki.authority import Authority
 from vtpm.store.model import PlatformRecord, ProfileRecord
@@ -40,12 +42,18 @@ DEFAULT_PLATFORM: Final = PlatformRecord("vTPM", "vTPM VM", "1")
 
 
 class Identity:
-    """`authority` gives the CA that issues now, or None where there is none: then instances are not certified."""
+    """`authority` gives the CA that issues now, or None where there is none: then instances are not certified. `issuer` gives
+    the certificate of an issuing CA, in force or retired, by its key's id."""
 
     def __init__(
-        self, authority: Callable[[], Authority | None], metrics: IdentityMetrics, platform: PlatformRecord = DEFAULT_PLATFORM
+        self,
+        authority: Callable[[], Authority | None],
+        issuer: Callable[[bytes], x509.Certificate | None],
+        metrics: IdentityMetrics,
+        platform: PlatformRecord = DEFAULT_PLATFORM,
     ) -> None:
         self.authority = authority
+        self.issuer = issuer
         self.metrics = metrics
         self.platform = platform
 

@@ -16,11 +16,13 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.types import PublicKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from vtpm.errors import VtpmError
+from vtpm.errors import SealedStateError, VtpmError
 from vtpm.instance.certification import AK, PLATFORM
+from vtpm.instance.proof import certified_eks, certified_key, prove
 from vtpm.store.model import CertificateRecord, IdentityState, InstanceRecord, KeyRecord
 from vtpm.tpm.codes import CommandCode
 from vtpm.tpm.keys import public_key
+from vtpm.tpm.layouts import NvLayout
 
 if TYPE_CHECKING:
     from vtpm.instance.identity import Identity
@@ -47,6 +49,10 @@ class IdentityKeeper:
         while not running.gone.is_set():
             try:
                 await self._look(running)
+            except SealedStateError as error:
+                # Something else has written its row, and it is refused.
+                log.error("identity.unknown", instance=str(running.record.id), reason=error.reason, remedy=error.remedy)
+                return
             except VtpmError as error:
                 log.warning("identity.unknown", instance=str(running.record.id), reason=error.reason, remedy=error.remedy)
                 await asyncio.sleep(_RETRY_S)
@@ -76,17 +82,33 @@ class IdentityKeeper:
             # Only now: a daemon that ends before leaves it to the next one.
             await running.tpm.forget_identity(touched.generation)
 
-    async def replaced(self, record: InstanceRecord) -> None:
+    async def replaced(self, running: Running, record: InstanceRecord) -> None:
         """Another TPM's state was put in the place of the instance's, whose keys are now those of `record`.
 
-        While they are not known, as before a TPM is started, nothing is revoked: it may be the same TPM's.
+        While they are not known, as before a TPM is started, nothing is revoked: it may be the same TPM's. Whether it is, the
+        TPM has to prove (invariant 9).
         """
         current = await self._lifecycle.blocking(self._store.certificates.current, record.id)
         if not any(item.revoked_at is None for item in current):
             return
         gone = await self._lifecycle.blocking(_foreign, record, current) if record.keys else []
-        identity = IdentityState.CHANGED if gone or not record.keys else IdentityState.CERTIFIED
+        certified = bool(record.keys) and not gone and await self._has_certified_keys(running, record, current)
+        identity = IdentityState.CERTIFIED if certified else IdentityState.CHANGED
         await self._save(record, record.keys, identity, gone)
+
+    async def _has_certified_keys(self, running: Running, record: InstanceRecord, current: Sequence[CertificateRecord]) -> bool:
+        """Whether the TPM proves every EK and the AK that were certified."""
+        blocking, issuer = self._lifecycle.blocking, self._identity.issuer
+        aks = [item for item in current if item.kind == AK and item.revoked_at is None]
+        try:
+            eks = await blocking(certified_eks, record.id, current, issuer)
+            layout = NvLayout(record.profile.nv_layout)
+            pairs = [(await blocking(certified_key, item, layout, issuer), ek) for item in aks for _, ek in eks]
+            await prove(running.tpm.prove, pairs, blocking)
+        except VtpmError as error:
+            log.warning("identity.not_proven", instance=str(record.id), reason=error.reason, remedy=error.remedy)
+            return False
+        return bool(pairs)
 
     async def _write_down(self, record: InstanceRecord, keys: Sequence[KeyRecord], ended: set[bytes]) -> None:
         current = await self._lifecycle.blocking(self._store.certificates.current, record.id)

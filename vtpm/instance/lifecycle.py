@@ -22,7 +22,15 @@ import structlog
 
 from vtpm.crashpoints import crash_point
 from vtpm.engine.interface import Engine, Listeners, Loss, Parked, PowerOn, RunningTpm
-from vtpm.errors import ConflictError, EngineError, ErrorKind, FailedPreconditionError, NotFoundError, VtpmError
+from vtpm.errors import (
+    ConflictError,
+    EngineError,
+    ErrorKind,
+    FailedPreconditionError,
+    NotFoundError,
+    SealedStateError,
+    VtpmError,
+)
 from vtpm.instance.keeper import IdentityKeeper
 from vtpm.instance.renewal import Renewal
 from vtpm.instance.running import Running
@@ -30,7 +38,9 @@ from vtpm.instance.sockets import InstanceSockets
 from vtpm.instance.thaws import Thaws
 from vtpm.instance.watch import ChangeHub
 from vtpm.seal.keys import KeyProvider
+from vtpm.store.macs import MESSAGE, REASON, mismatch, remedy
 from vtpm.store.model import Failure, InstanceRecord, InstanceState
+from vtpm.store.rows import is_refused
 from vtpm.store.snapshots import SnapshotRow
 from vtpm.store.store import Store
 
@@ -92,6 +102,7 @@ class Lifecycle:
     def look_after(self, keeper: IdentityKeeper, renewal: Renewal) -> None:
         """Have certified keys looked after from now on; before `recover`."""
         self._keeper, self.renewal = keeper, renewal
+        self.thaws.on_thawed.append(renewal.woke)
 
     def lock(self, instance: uuid.UUID) -> asyncio.Lock:
         """The lock that every change of power takes."""
@@ -147,6 +158,9 @@ class Lifecycle:
         # An engine host that is replaced at the start of an engine hibernates what runs in it: the store is read after that.
         started = [(engine, await engine.start(self)) for engine in self.engines.values()]
         snapshots = await self.blocking(self.store.snapshots.all)
+        # What is not as the service wrote it is not gone on from: a snapshot's row says whether somebody has (invariant 2).
+        refused = {key for key, row in snapshots.items() if row.refused}
+        snapshots = {key: row for key, row in snapshots.items() if not row.refused}
         owned = {record.id: record for record in await self.blocking(self.store.owned)}
         for engine, found in started:
             powered_off |= found.powered_off
@@ -179,6 +193,8 @@ class Lifecycle:
             elif snapshots.get((record.id, record.epoch)) == SnapshotRow(attached=False, used=False):
                 # Nobody's connection was lost, and all that the TPM is was in the store.
                 await self.thaws.park_again(self.thaws.enter(record, attached=False))
+            elif (record.id, record.epoch) in refused:
+                await self.fail(record, Loss(REASON, MESSAGE, remedy("snapshots").replace("NAME", record.name)))
             else:
                 loss = Loss(
                     "WORKER_LOST",
@@ -302,7 +318,7 @@ class Lifecycle:
         record = await self.blocking(self.store.set_keys, running.record.id, keys, banks)
         self.refresh(record)
         if self._keeper is not None:
-            await self._keeper.replaced(record)
+            await self._keeper.replaced(running, record)
             record = running.record
         log.info("instance.keys_changed", instance=str(record.id), name=record.name)
         self.hub.publish("UPDATED", record)
@@ -326,8 +342,9 @@ class Lifecycle:
         while True:
             try:
                 changed = await self.blocking(change)
-            except (ConflictError, NotFoundError) as error:
-                # Another owner has it, or it was deleted: there is nothing of ours to mark.
+            except (ConflictError, NotFoundError, SealedStateError) as error:
+                # Another owner has it, or it was deleted, or something else has written its row: there is nothing of ours to
+                # mark.
                 log.warning("instance.end_not_recorded", instance=str(record.id), reason=error.reason)
                 return
             except VtpmError as error:
@@ -349,6 +366,8 @@ class Lifecycle:
             match record.state:
                 case InstanceState.ON:
                     return record
+                case InstanceState.FAILED if is_refused(record):
+                    raise mismatch("instances", record.name)
                 case InstanceState.FAILED:
                     raise FailedPreconditionError(
                         "INSTANCE_FAILED",
@@ -370,7 +389,10 @@ class Lifecycle:
                 raise _in_use(record, "end that VM, or give this one an instance of its own")
             running = self._running.get(record.id)
             if running is None:
-                await self._power_on(await self._current(ref, None), startup_clear=False, without_init=True)
+                record = await self._current(ref, None)
+                if is_refused(record):
+                    raise mismatch("instances", record.name)
+                await self._power_on(record, startup_clear=False, without_init=True)
                 running = self._running[record.id]
             await running.tpm.attach(connection)
             log.info("instance.attached", instance=str(record.id), name=record.name, epoch=running.record.epoch)
@@ -419,6 +441,8 @@ class Lifecycle:
                 # Invariant 2: fresh PCRs under a running VM would let it forge its boot.
                 raise _in_use(record, "reset the VM, which resets its TPM")
             record = await self._current(ref, revision)
+            if is_refused(record):
+                raise mismatch("instances", record.name)
             running = self._running.get(record.id)
             match record.state:
                 case InstanceState.OFF:

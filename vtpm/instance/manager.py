@@ -46,6 +46,8 @@ from vtpm.instance.watch import read_changes
 from vtpm.seal.keys import WrappedKey
 from vtpm.store.filter import parse_filter
 from vtpm.store.model import Filter, InstanceRecord, InstanceState
+from vtpm.store.row_key import rewrap_row_key
+from vtpm.store.rows import is_refused
 from vtpm.tpm.pcr import PcrSelection
 from vtpm.tpm.ptm import ControlCommand
 
@@ -185,6 +187,12 @@ class InstanceManager:
             raise
         async with self._lifecycle.lock(record.id):
             await self._lifecycle.settled(record.id)
+            if is_refused(record) and self._lifecycle.by_id(record.id) is not None:
+                # Its row does not say whether it runs.
+                raise FailedPreconditionError(
+                    "INSTANCE_ON", "an instance that runs can't be deleted", subject=record.name,
+                    remedy=f"vtpm instance stop {record.name}",
+                )  # fmt: skip
             try:
                 record = await self._lifecycle.blocking(self._store.delete, record.id, revision)
             except StoreError as error:
@@ -261,6 +269,7 @@ class InstanceManager:
                 key_id = await self._lifecycle.blocking(self._keys.begin_rotation)
                 rewrapped = await self._rewrap_all(key_id)
                 await self._lifecycle.blocking(rewrap_authority_key, self._store.authorities, self._keys, key_id)
+                await self._lifecycle.blocking(rewrap_row_key, self._store, self._keys, key_id)
                 if self.rewrap_anchor is not None:
                     await self.rewrap_anchor()
                 await self._lifecycle.blocking(self._keys.finish_rotation)

@@ -18,21 +18,25 @@ from typing import Final
 
 import structlog
 
-from vtpm.errors import ConflictError, NotFoundError, SealedStateError, VtpmError
+from vtpm.engine.identity import HeldTpm
+from vtpm.errors import ErrorKind, VtpmError
 from vtpm.instance.certification import (
-    EK,
+    AK,
     PLATFORM,
     describe_platform,
     description_in,
     issued_of,
+    not_proven,
     record_of,
 )
 from vtpm.instance.creation import Creation, Wanted
 from vtpm.instance.lifecycle import Lifecycle
+from vtpm.instance.proof import Issuer, certified_eks, certified_key, prove
 from vtpm.instance.renewal import renewal_time
 from vtpm.pki.authority import Authority
-from vtpm.store.model import CertificateRecord, InstanceRecord, PlatformRecord, PoolClaim, PoolMember, SealedState
+from vtpm.store.model import CertificateRecord, InstanceRecord, KeyRecord, PlatformRecord, PoolClaim, PoolMember
 from vtpm.tpm.layouts import PLATFORM_CERTIFICATE, NvLayout, fixed_entry
+from vtpm.tpm.nv import NvEntry
 
 log: Final = structlog.get_logger("vtpm.instance")
 
@@ -41,6 +45,8 @@ _NICE: Final = 19
 _IDLE_S: Final = 0.2
 _RETRY_S: Final = 10.0
 _CHECK_S: Final = 60.0
+# What says nothing about a member that was to be given out.
+_NOT_ITS_FAULT: Final = (ErrorKind.UNAVAILABLE, ErrorKind.ALREADY_EXISTS, ErrorKind.RESOURCE_EXHAUSTED, ErrorKind.UNIMPLEMENTED)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -116,7 +122,10 @@ class InstancePool:
                 if rewritten:
                     claim = await self._for_platform(claim)
                 record = await self._lifecycle.blocking(self._store.pool.claim, claim)
-            except (ConflictError, NotFoundError, SealedStateError) as error:
+            except VtpmError as error:
+                if error.kind in _NOT_ITS_FAULT:
+                    self._ready.appendleft(ready)
+                    raise
                 log.warning("pool.member_unusable", instance=str(ready.member.id), reason=error.reason)
                 self._lifecycle.later(self._discard([ready.member.id]))
                 continue
@@ -148,20 +157,31 @@ class InstancePool:
         authority = self._identity.authority()
         if authority is None:
             return claim
-        certificates = await self._lifecycle.blocking(self._store.certificates.current, claim.id)
+        blocking, layout = self._lifecycle.blocking, NvLayout(self._wanted.profile.nv_layout)
+        current = await blocking(self._store.certificates.current, claim.id)
+        eks = await blocking(_keys_by_algorithm, claim.id, current, self._identity.issuer)
+        # The same that the platform certificate before it is held by.
         algorithm = self._wanted.profile.ek_algorithms[0]
-        certificate = await self._lifecycle.blocking(
-            _certify_platform, authority, claim.id, claim.platform, certificates, algorithm
-        )
-        state: SealedState | None = None
-        if self._wanted.profile.nv_layout == NvLayout.TCG:
-            entry = fixed_entry(PLATFORM_CERTIFICATE, certificate.der)
-            async with self._lifecycle.key_lock:
-                wrapped, before = await self._lifecycle.blocking(self._store.load, claim.id)
-                data_key = await self._lifecycle.blocking(self._lifecycle.keys.unwrap, wrapped, claim.id)
-            engine = self._lifecycle.engine(self._wanted.engine)
-            state = await engine.reprovision(claim.id, before, data_key, [entry])
-        return dataclasses.replace(claim, state=state, certificates=(certificate,))
+        if algorithm not in eks:
+            raise not_proven(f"the EK {algorithm} is not certified any more")
+        holder, ek = eks[algorithm]
+        aks = [await blocking(certified_key, item, layout, self._identity.issuer) for item in current if item.kind == AK]
+        if not aks:
+            raise not_proven("the AK is not certified any more")
+        made: list[CertificateRecord] = []
+
+        async def certify(tpm: HeldTpm) -> list[NvEntry]:
+            # Invariant 9: the TPM shows the EK that the certificate will name.
+            await prove(tpm.activate, [(ak, ek) for ak in aks], blocking)
+            certificate = await blocking(_certify_platform, authority, claim.id, claim.platform, holder)
+            made.append(certificate)
+            return [fixed_entry(PLATFORM_CERTIFICATE, certificate.der)] if layout is NvLayout.TCG else []
+
+        async with self._lifecycle.key_lock:
+            wrapped, before = await blocking(self._store.load, claim.id)
+            data_key = await blocking(self._lifecycle.keys.unwrap, wrapped, claim.id)
+        state = await self._lifecycle.engine(self._wanted.engine).reprovision(claim.id, before, data_key, certify)
+        return dataclasses.replace(claim, state=state, certificates=tuple(made))
 
     # ---- filling up ------------------------------------------------------------------------------------------------------
 
@@ -226,15 +246,15 @@ def _stale_time(certificates: Sequence[CertificateRecord]) -> dt.datetime:
     return min(times, default=dt.datetime.max.replace(tzinfo=dt.UTC))
 
 
+def _keys_by_algorithm(
+    instance: uuid.UUID, current: Sequence[CertificateRecord], issuer: Issuer
+) -> dict[str, tuple[CertificateRecord, KeyRecord]]:
+    return {item.algorithm: (item, key) for item, key in certified_eks(instance, current, issuer)}
+
+
 def _certify_platform(
-    authority: Authority,
-    instance: uuid.UUID,
-    platform: PlatformRecord,
-    certificates: Sequence[CertificateRecord],
-    algorithm: str,
+    authority: Authority, instance: uuid.UUID, platform: PlatformRecord, ek: CertificateRecord
 ) -> CertificateRecord:
-    # The same that the platform certificate before it is held by.
-    ek = next(record for record in certificates if (record.kind, record.algorithm) == (EK, algorithm))
     now = dt.datetime.now(dt.UTC)
     description = describe_platform(platform, instance)
     certificate = authority.issue_platform(issued_of(ek), description, description_in(ek.der), now=now)

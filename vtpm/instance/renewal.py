@@ -1,7 +1,9 @@
 """AK certificates are short-lived, and renewed while their instance lives: in the store, and in the TPM's NV.
 
-ON: issued, recorded, written to NV between two guest commands, then put in force. OFF: at the next power on, in a short run of
-a worker. A failure is tried again at the next turn, counted and logged; the certificate before it stays in force until then.
+ON: the TPM proves its keys (vtpm.instance.proof), the certificate is issued, recorded, written to NV between two guest
+commands, then put in force. Hibernated: the same when it wakes; nobody is woken for it. OFF: at the next power on, in a short
+run of a worker, which proves the keys too. A failure is tried again at the next turn, counted and logged; the certificate
+before it stays in force until then.
 """
 
 from __future__ import annotations
@@ -10,7 +12,6 @@ import asyncio
 import contextlib
 import datetime as dt
 import uuid
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
@@ -18,14 +19,18 @@ import structlog
 
 from vtpm.errors import ErrorKind, FailedPreconditionError, VtpmError
 from vtpm.instance.certification import AK, record_of
+from vtpm.instance.proof import due_keys, prove
 from vtpm.pki.authority import Authority
 from vtpm.store.model import CertificateRecord, IdentityState, InstanceRecord, KeyRecord
 from vtpm.tpm.layouts import NvLayout, renewed_entries
 
 if TYPE_CHECKING:
+    from vtpm.engine.identity import HeldTpm
+    from vtpm.engine.interface import RunningTpm
     from vtpm.instance.identity import Identity
     from vtpm.instance.lifecycle import Lifecycle
     from vtpm.instance.running import Running
+    from vtpm.tpm.nv import NvEntry
 
 log: Final = structlog.get_logger("vtpm.instance")
 
@@ -33,8 +38,11 @@ log: Final = structlog.get_logger("vtpm.instance")
 _LEFT: Final = 3
 _SHORTEST_TURN_S: Final = 1.0
 _LONGEST_TURN_S: Final = 60.0
-_AT_ONCE: Final = 500
+# Whom one turn looks at; those that are asleep are only noted.
+_AT_ONCE: Final = 100_000
 RENEWED_KINDS: Final = (AK, "GUEST_AK")
+# A worker that is gone, as one that has hibernated.
+_LOST: Final = ("TPM_LOST", "ENGINE_HOST_LOST")
 
 
 def renewal_time(record: CertificateRecord) -> dt.datetime:
@@ -52,6 +60,8 @@ class Renewal:
         self._identity = identity
         self._store = lifecycle.store
         self._task: asyncio.Task[None] | None = None
+        # What was due and hibernated when it was last looked at.
+        self._asleep: set[uuid.UUID] = set()
 
     def start(self) -> None:
         """Begin to look for what is due."""
@@ -81,65 +91,96 @@ class Renewal:
         for kind in RENEWED_KINDS:
             due += await self._lifecycle.blocking(self._store.identities.overdue, kind, before, _AT_ONCE)
         failed = 0
+        asleep: set[uuid.UUID] = set()
         for instance in dict.fromkeys(due):
-            running = self._lifecycle.running(str(instance))
+            running = self._lifecycle.by_id(instance)
             if running is None:
                 continue
-            try:
-                await self._renew_on(running, authority)
-            except VtpmError as error:
-                failed += 1
-                self._identity.metrics.count_renewal("failed")
-                log.warning("renewal.failed", instance=str(instance), reason=error.reason, remedy=error.remedy)
+            if running.tpm.asleep:
+                asleep.add(instance)
+            else:
+                failed += not await self._tried(running, authority)
+        self._asleep |= asleep
         self._identity.metrics.set_overdue(failed)
+
+    def woke(self, running: Running) -> None:
+        """Renew what became due while an instance was hibernated; its guest does not wait for it."""
+        authority = self._identity.authority()
+        if running.record.id in self._asleep and authority is not None:
+            self._asleep.discard(running.record.id)
+            self._lifecycle.later(self._renew_woken(running, authority))
+
+    async def _renew_woken(self, running: Running, authority: Authority) -> None:
+        await self._tried(running, authority)
+
+    async def _tried(self, running: Running, authority: Authority) -> bool:
+        """Renew; a failure is this instance's own."""
+        instance = running.record.id
+        try:
+            await self._renew_on(running, authority)
+        except VtpmError as error:
+            if error.reason in _LOST and (running.gone.is_set() or running.tpm.asleep):
+                # It has hibernated meanwhile, or was stopped.
+                self._asleep.add(instance)
+                return True
+            self._identity.metrics.count_renewal("failed")
+            log.warning("renewal.failed", instance=str(instance), reason=error.reason, remedy=error.remedy)
+            return False
+        return True
 
     async def _renew_on(self, running: Running, authority: Authority) -> None:
         record = running.record
         async with self._lifecycle.lock(record.id):
-            if running.gone.is_set():
-                # Stopped meanwhile: it is due at its next power on.
+            # As it is now: what wakes it is somebody else's wish.
+            tpm = running.tpm.unless_asleep()
+            if running.gone.is_set() or tpm is None:
+                self._asleep.add(record.id)
                 return
-            present = {key.tpmt_public for key in (await running.tpm.keys())[0]}
-            for key, issued in await self._lifecycle.blocking(self._issue, authority, record):
-                if (key.role == AK or key.handle) and key.tpmt_public not in present:
-                    # A certificate speaks of a key that is there.
-                    raise FailedPreconditionError(
-                        "AK_MISSING",
-                        "the certified AK is not in the TPM any more",
-                        subject=record.name,
-                        remedy="create a new instance",
-                    )
+            pairs = await self._lifecycle.blocking(self._due, record)
+            await prove(tpm.prove, pairs, self._lifecycle.blocking)
+            for ak, _ in pairs:
+                issued = await self._lifecycle.blocking(_issue, authority, record, ak)
                 await self._lifecycle.blocking(self._store.certificates.add, [replace(issued, current=False)])
-                written = await self._write(running, key, issued)
+                written = await self._write(tpm, record, ak, issued)
                 await self._lifecycle.blocking(self._store.identities.put_in_force, issued)
                 self._identity.metrics.count_renewal("written" if written else "unwritten")
                 log.info("certificate.renewed", instance=str(record.id), name=record.name, kind=issued.kind, written=written)
 
-    async def _write(self, running: Running, key: KeyRecord, issued: CertificateRecord) -> bool:
+    async def _write(self, tpm: RunningTpm, record: InstanceRecord, key: KeyRecord, issued: CertificateRecord) -> bool:
         """Write a certificate to NV where the layout has a place for it; False where the guest has taken that place."""
-        layout = NvLayout(running.record.profile.nv_layout)
+        layout = NvLayout(record.profile.nv_layout)
         try:
             for entry in renewed_entries(layout, key.role, key.algorithm, issued.der):
-                await running.tpm.write_nv(entry.index, entry.data)
+                await tpm.write_nv(entry.index, entry.data)
         except VtpmError as error:
             if error.kind is not ErrorKind.FAILED_PRECONDITION:
                 raise
             # Removed by firmware, or of a TPM that was imported: the API has it all the same.
-            log.warning("renewal.not_in_nv", instance=str(running.record.id), reason=error.reason, remedy=error.remedy)
+            log.warning("renewal.not_in_nv", instance=str(record.id), reason=error.reason, remedy=error.remedy)
             return False
         return True
 
-    def _issue(self, authority: Authority, record: InstanceRecord) -> Sequence[tuple[KeyRecord, CertificateRecord]]:
-        """Issue what is due of an instance's AK certificates. Blocking."""
+    def _due(self, record: InstanceRecord) -> list[tuple[KeyRecord, KeyRecord]]:
+        """Return which AKs are due, each with the EK that proves it. Blocking.
+
+        Raises:
+            As vtpm.instance.proof.due_keys; SealedStateError: ROW_MAC_MISMATCH, IDENTITY_NOT_CERTIFIED.
+        """
         now = dt.datetime.now(dt.UTC)
-        current = {(item.kind, item.algorithm): item for item in self._store.certificates.current(record.id)}
-        issued = []
-        for key in record.keys:
-            before = current.get((key.role, key.algorithm))
-            if key.role in RENEWED_KINDS and before is not None and before.revoked_at is None and renewal_time(before) <= now:
-                certificate = authority.issue_ak(key.tpmt_public, record.id, now=now)
-                issued.append((key, record_of(certificate, record.id, key.role, key.algorithm)))
-        return issued
+        current = self._store.certificates.current(record.id)
+        due = [item for item in current if item.kind in RENEWED_KINDS and item.revoked_at is None and renewal_time(item) <= now]
+        if not due:
+            return []
+        # As the store has it now, and believed only if the service wrote it.
+        present = self._store.get(str(record.id))
+        if present.identity is not IdentityState.CERTIFIED:
+            raise FailedPreconditionError(
+                "IDENTITY_NOT_CERTIFIED",
+                f"the instance's keys are not those that were certified: it is {present.identity.value}",
+                subject=present.name,
+                remedy="create a new instance",
+            )
+        return due_keys(present, due, current, self._identity.issuer)
 
     # ---- OFF -------------------------------------------------------------------------------------------------------------
 
@@ -152,26 +193,37 @@ class Renewal:
             await self._renew_off(record, authority)
 
     async def _renew_off(self, record: InstanceRecord, authority: Authority) -> None:
+        blocking = self._lifecycle.blocking
+        certificates: list[CertificateRecord] = []
         try:
-            issued = await self._lifecycle.blocking(self._issue, authority, record)
-            if not issued:
+            pairs = await blocking(self._due, record)
+            if not pairs:
                 return
-            layout = NvLayout(record.profile.nv_layout)
-            entries = [
-                entry
-                for key, certificate in issued
-                for entry in renewed_entries(layout, key.role, key.algorithm, certificate.der)
-            ]
+
+            async def certify(tpm: HeldTpm) -> list[NvEntry]:
+                await prove(tpm.activate, pairs, blocking)
+                layout = NvLayout(record.profile.nv_layout)
+                entries: list[NvEntry] = []
+                for ak, _ in pairs:
+                    issued = await blocking(_issue, authority, record, ak)
+                    certificates.append(issued)
+                    entries += renewed_entries(layout, ak.role, ak.algorithm, issued.der)
+                return entries
+
             async with self._lifecycle.key_lock:
-                wrapped, before = await self._lifecycle.blocking(self._store.load, record.id)
-                data_key = await self._lifecycle.blocking(self._lifecycle.keys.unwrap, wrapped, record.id)
-            engine = self._lifecycle.engine(record.engine)
-            state = await engine.reprovision(record.id, before, data_key, entries)
-            certificates = [certificate for _, certificate in issued]
-            await self._lifecycle.blocking(self._store.identities.renew_off, record.id, state, certificates)
+                wrapped, before = await blocking(self._store.load, record.id)
+                data_key = await blocking(self._lifecycle.keys.unwrap, wrapped, record.id)
+            state = await self._lifecycle.engine(record.engine).reprovision(record.id, before, data_key, certify)
+            await blocking(self._store.identities.renew_off, record.id, state, certificates)
         except VtpmError as error:
             self._identity.metrics.count_renewal("failed")
             log.warning("renewal.failed", instance=str(record.id), reason=error.reason, remedy=error.remedy)
             raise
         self._identity.metrics.count_renewal("written")
         log.info("certificate.renewed", instance=str(record.id), name=record.name, written=True)
+
+
+def _issue(authority: Authority, record: InstanceRecord, ak: KeyRecord) -> CertificateRecord:
+    """Certify an AK that was proven. Blocking."""
+    issued = authority.issue_ak(ak.tpmt_public, record.id, now=dt.datetime.now(dt.UTC))
+    return record_of(issued, record.id, ak.role, ak.algorithm)

@@ -76,6 +76,7 @@ class Thaws:
         self._idle_timeout_s = idle_timeout_s
         self.observe: Callable[[float], None] = lambda _seconds: None
         self.on_hibernated: list[Callable[[uuid.UUID], None]] = []
+        self.on_thawed: list[Callable[[Running], None]] = []
         # Set while instances may wake.
         self._open = asyncio.Event()
         self._open.set()
@@ -203,6 +204,8 @@ class Thaws:
             running.untouched = False
             self.observe(time.monotonic() - begun)
             log.debug("instance.thawed", instance=str(record.id), epoch=record.epoch)
+            for callback in self.on_thawed:
+                callback(running)
             return tpm
 
     async def _order(self, running: Running, token: bytes) -> Thaw:

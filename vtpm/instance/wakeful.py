@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Final, TypeVar
 
 from vtpm.engine.events import Origin
-from vtpm.engine.identity import TouchedKeys
+from vtpm.engine.identity import Challenge, TouchedKeys
 from vtpm.engine.interface import MeasuredLog, PcrValue, PcrValues, Quoted, RunningTpm
 from vtpm.engine.v1 import link_pb2 as pb
 from vtpm.errors import EngineError
@@ -160,6 +160,14 @@ class WakefulTpm:
     async def read_nv(self, index: int, *, secret_auth: bool = False) -> bytes:
         """See RunningTpm."""
         return await self._call(lambda tpm: tpm.read_nv(index, secret_auth=secret_auth))
+
+    async def prove(self, challenges: Sequence[Challenge]) -> list[bytes]:
+        """See RunningTpm."""
+        return await self._call(lambda tpm: tpm.prove(challenges))
+
+    def unless_asleep(self) -> RunningTpm | None:
+        """Return the TPM as it runs now, for who must not wake it; None if it is asleep."""
+        return self._tpm
 
     async def status(self, *, counts: bool = False) -> pb.Status:
         """See RunningTpm; nobody is woken for it."""

@@ -139,6 +139,29 @@ def check_authority(
     return tuple(chain)
 
 
+def check_issued(der: bytes, serial: int, usage: str, issuer: x509.Certificate, subject: str) -> x509.Certificate:
+    """Return a certificate that `issuer` has signed; `usage` is the extended key usage that it has and no other.
+
+    Raises:
+        InvalidArgumentError: CERTIFICATE_NOT_OURS.
+    """
+    try:
+        certificate = x509.load_der_x509_certificate(der)
+        certificate.verify_directly_issued_by(issuer)
+        usages = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+        found = {item.dotted_string for item in usages}
+    except (InvalidSignature, ValueError, TypeError, x509.ExtensionNotFound, x509.DuplicateExtension):
+        certificate, found = None, set()
+    if certificate is None or certificate.serial_number != serial or found != {usage}:
+        raise _refused(
+            "CERTIFICATE_NOT_OURS",
+            "the recorded certificate is not one that this CA has issued for such a key",
+            subject,
+            "nothing rests on it; find out who else can write the store",
+        )
+    return certificate
+
+
 def _issuer_of(certificate: x509.Certificate, others: Sequence[x509.Certificate], subject: str) -> x509.Certificate:
     named = [other for other in others if other.subject == certificate.issuer]
     if not named:

@@ -53,6 +53,7 @@ class FileKeyProvider:
             )
         self._path = Path(options.get("path", "") or state_dir / _FILE_NAME)
         self._keys: dict[str, bytes] = {}
+        self._marks: frozenset[str] = frozenset()
         self._current = ""
         if not os.path.lexists(self._path):
             if not create:
@@ -120,16 +121,18 @@ class FileKeyProvider:
                 )
             keys = {str(key): base64.b64decode(value, validate=True) for key, value in document["keys"].items()}
             current = document["current"]
+            # Files of earlier versions have none.
+            marks = frozenset(map(str, document.get("rows", [])))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, binascii.Error):
             raise damaged from None
         if not isinstance(current, str) or current not in keys or any(len(key) != DATA_KEY_SIZE for key in keys.values()):
             raise damaged
-        self._keys, self._current = keys, current
+        self._keys, self._current, self._marks = keys, current, marks
 
-    def _write(self, keys: Mapping[str, bytes], current: str) -> None:
-        """Replace the file as one step, durably; only then do `keys` count."""
+    def _write(self, keys: Mapping[str, bytes], current: str, marks: frozenset[str]) -> None:
+        """Replace the file as one step, durably; only then does what is in it count."""
         encoded = {key: base64.b64encode(value).decode() for key, value in keys.items()}
-        content = json.dumps({"format": _FORMAT, "current": current, "keys": encoded}).encode()
+        content = json.dumps({"format": _FORMAT, "current": current, "keys": encoded, "rows": sorted(marks)}).encode()
         temporary = self._path.with_name(f".{self._path.name}.new")
         try:
             with contextlib.suppress(FileNotFoundError):
@@ -150,11 +153,21 @@ class FileKeyProvider:
             raise self._error(
                 "KEY_FILE_UNUSABLE", f"the key file can't be written: {error.strerror}", "check the directory and free space"
             ) from None
-        self._keys, self._current = dict(keys), current
+        self._keys, self._current, self._marks = dict(keys), current, marks
 
     def _add_key(self) -> None:
         key_id = f"file-{uuid.uuid4().hex[:16]}"
-        self._write({**self._keys, key_id: os.urandom(DATA_KEY_SIZE)}, key_id)
+        self._write({**self._keys, key_id: os.urandom(DATA_KEY_SIZE)}, key_id, self._marks)
+
+    # ---- which stores' rows carry MACs ---------------------------------------------------------------------------------------
+
+    def remembered(self) -> frozenset[str]:
+        """See KeyProvider."""
+        return self._marks
+
+    def remember(self, mark: str) -> None:
+        """See KeyProvider."""
+        self._write(self._keys, self._current, self._marks | {mark})
 
     # ---- wrapping --------------------------------------------------------------------------------------------------------
 
@@ -208,4 +221,4 @@ class FileKeyProvider:
     def finish_rotation(self) -> None:
         """See KeyProvider."""
         crash_point("rotate.before_finish")
-        self._write({self._current: self._keys[self._current]}, self._current)
+        self._write({self._current: self._keys[self._current]}, self._current, self._marks)

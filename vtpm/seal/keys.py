@@ -51,6 +51,12 @@ class KeyProvider(Protocol):
     def unwrap(self, wrapped: WrappedKey, instance: uuid.UUID) -> bytes:
         """Return the data key."""
 
+    def remembered(self) -> frozenset[str]:
+        """Return the marks that were given to `remember`; kept where who can write the store can't write."""
+
+    def remember(self, mark: str) -> None:
+        """Keep a mark durably, for good: it says that a store's rows carry MACs, and under which key (vtpm.store.row_key)."""
+
     def begin_rotation(self) -> str:
         """Add a key durably and make it the current one; return its id. The earlier ones still unwrap.
 

@@ -4,33 +4,43 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
+from typing import Any, Final
 
 import sqlalchemy as sa
 
 from vtpm.crashpoints import crash_point
 from vtpm.seal.keys import WrappedKey
 from vtpm.store import database
+from vtpm.store.macs import AUTHORITIES, RowMacs
 from vtpm.store.model import AuthorityRecord
 from vtpm.store.rows import now
 from vtpm.store.schema import authorities, authority_keys
+
+# The state of an authority whose row is not believed.
+REFUSED: Final = "REFUSED"
 
 
 class Authorities:
     """The tables of authorities, over the store's engines. Synchronous and thread-safe."""
 
-    def __init__(self, url: str, read: sa.Engine, write: sa.Engine) -> None:
+    def __init__(self, url: str, read: sa.Engine, write: sa.Engine, macs: RowMacs) -> None:
         self._url = url
+        self._macs = macs
         self._read_engine = read
         self._write_engine = write
 
     def list(self) -> Sequence[AuthorityRecord]:
-        """Return every authority, oldest first."""
-        query = sa.select(authorities).order_by(authorities.c.created_at, authorities.c.role.desc())
+        """Return every authority, oldest first; one whose row is not as it was written has the state REFUSED."""
+        query = AUTHORITIES.select().order_by(authorities.c.created_at, authorities.c.role.desc())
+        found = []
         with database.errors(self._url), self._read_engine.begin() as connection:
-            return [
-                AuthorityRecord(row.id, row.role, row.state, row.key_id, row.chain, row.signer, row.key)
-                for row in connection.execute(query)
-            ]
+            for row in connection.execute(query):
+                if self._macs.is_right(AUTHORITIES, row):
+                    fields = (row.role, row.state, row.key_id, row.chain, row.signer, row.key)
+                    found.append(AuthorityRecord(uuid.UUID(row.id), *fields))
+                else:
+                    found.append(AuthorityRecord(uuid.UUID(int=0), "", REFUSED, b"", "", "", b""))
+        return found
 
     def install(self, records: Sequence[AuthorityRecord], *, fulfilled: uuid.UUID | None = None) -> None:
         """Add authorities, in one transaction. What is CURRENT takes the place of the present one of its role, which retires.
@@ -44,11 +54,10 @@ class Authorities:
                 roles = ("ROOT", "ISSUING")
                 keep_root = all(record.role != "ROOT" for record in records) and self._same_root(connection, records)
                 replaced = roles[1:] if keep_root else roles
-                retire = sa.update(authorities).where(authorities.c.role.in_(replaced), authorities.c.state == "CURRENT")
-                connection.execute(retire.values(state="RETIRED"))
-                # A root that has retired signs nothing any more: its key is destroyed.
-                past = (authorities.c.role == "ROOT", authorities.c.state == "RETIRED")
-                connection.execute(sa.update(authorities).where(*past).values(key=b""))
+                for row in self._rows(connection, authorities.c.role.in_(replaced), authorities.c.state == "CURRENT"):
+                    # A root that has retired signs nothing any more: its key is destroyed.
+                    gone = {"state": "RETIRED"} | ({"key": b""} if row.role == "ROOT" else {})
+                    self._macs.change(connection, AUTHORITIES, row, gone)
             if fulfilled is not None:
                 connection.execute(sa.delete(authorities).where(authorities.c.id == fulfilled))
             for record in records:
@@ -62,14 +71,17 @@ class Authorities:
                     "key": record.key,
                     "created_at": moment,
                 }
-                connection.execute(sa.insert(authorities), values)
+                connection.execute(sa.insert(authorities), self._macs.signed(AUTHORITIES, values))
             crash_point("authority.before_commit")
 
-    @staticmethod
-    def _same_root(connection: sa.Connection, records: Sequence[AuthorityRecord]) -> bool:
-        query = sa.select(authorities.c.chain).where(authorities.c.role == "ROOT", authorities.c.state == "CURRENT")
-        present = connection.execute(query).scalar()
-        return present is not None and all(record.chain.endswith(present) for record in records)
+    def _rows(self, connection: sa.Connection, *conditions: Any) -> Sequence[Any]:
+        """Return the rows that are as they were written."""
+        rows = connection.execute(AUTHORITIES.select().where(*conditions)).all()
+        return [row for row in rows if self._macs.is_right(AUTHORITIES, row)]
+
+    def _same_root(self, connection: sa.Connection, records: Sequence[AuthorityRecord]) -> bool:
+        roots = self._rows(connection, authorities.c.role == "ROOT", authorities.c.state == "CURRENT")
+        return bool(roots) and all(record.chain.endswith(roots[0].chain) for record in records)
 
     def discard_pending(self) -> int:
         """Forget requests whose certificate has not come back; return how many."""

@@ -11,7 +11,7 @@ import datetime as dt
 import os
 import sqlite3
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import file_digest, sha256
 from pathlib import Path
@@ -23,7 +23,6 @@ from vtpm.seal.envelope import StateKind, place_of
 from vtpm.store import backup_file
 from vtpm.store.backup_file import Content, Manifest, damaged
 from vtpm.store.database import errors
-from vtpm.store.restore import EPOCH_LEAP
 from vtpm.store.store import Store
 
 _STEP_PAGES: Final = -1
@@ -41,8 +40,6 @@ _LEAN: Final = (
 )
 # A restored store is another store: it gets an id and an anchor of its own.
 _REBORN: Final = (
-    "UPDATE instances SET state = 'OFF', boot_id = '' WHERE state = 'ON'",
-    f"UPDATE instances SET epoch = epoch + {EPOCH_LEAP}, revision = revision + 1",  # noqa: S608  # a constant
     "DELETE FROM freshness_log",
     "DELETE FROM freshness",
 )
@@ -176,17 +173,26 @@ def _check(store: Path, manifest: Manifest, subject: str) -> None:
         raise damaged(subject, f"a sealed state: {error.reason}") from None
 
 
-def make_store(backup: OpenedBackup) -> Path:
+def make_store(backup: OpenedBackup, open_rows: Callable[[Store], None] | None = None) -> Path:
     """Make the database of an opened backup a store that a daemon can go on with, and return where it is.
 
     Every instance is OFF or FAILED, as its VM is not there; epochs have risen, so that no worker of the store that was
     backed up can commit; the store is yet to get an anchor.
 
+    `open_rows` gives a store the key of its rows (vtpm.store.row_key), which changes are signed with; without it, rows stay as
+    they are, for who only reads them. A row that is not as its service wrote it stays so, and is refused by who runs the store.
+
     Raises:
         StoreError: STORE_TOO_NEW, a newer vTPM has written it.
     """
     url = f"sqlite:///{backup.store}"
-    Store.open(url).close()
+    store = Store.open(url)
+    try:
+        if open_rows is not None and not store.is_empty():
+            open_rows(store)
+            store.restores.leap()
+    finally:
+        store.close()
     with errors(url), contextlib.closing(sqlite3.connect(backup.store, isolation_level=None)) as connection:
         connection.execute("BEGIN IMMEDIATE")
         for statement in (*_LEAN, *_REBORN):

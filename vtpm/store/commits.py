@@ -14,6 +14,7 @@ from typing import Final, TypeAlias
 from vtpm.crashpoints import crash_point
 from vtpm.store import snapshots, wal
 from vtpm.store.database import errors, set_pragmas
+from vtpm.store.macs import RowMacs
 from vtpm.store.model import StateCommit
 from vtpm.store.snapshots import SnapshotCommit, SnapshotUse
 
@@ -33,8 +34,9 @@ WHERE i.id = ?
 class StateCommits:
     """One connection of its own, kept open; plain SQL on the driver, as each microsecond here is a guest's."""
 
-    def __init__(self, path: str, url: str) -> None:
+    def __init__(self, path: str, url: str, macs: RowMacs) -> None:
         self._path = path
+        self._macs = macs
         self._url = url
         self._lock = threading.Lock()
         self._connection: sqlite3.Connection | None = None
@@ -93,9 +95,9 @@ class StateCommits:
     def _commit_one(self, connection: sqlite3.Connection, item: AnyCommit) -> str:
         match item:
             case SnapshotCommit():
-                return snapshots.take(connection, item)
+                return snapshots.take(connection, self._macs, item)
             case SnapshotUse():
-                return snapshots.use(connection, item)
+                return snapshots.use(connection, self._macs, item)
         instance = item.instance.hex
         values = (item.epoch, item.version, item.blob, instance, int(item.kind), item.version - 1, item.epoch, instance)
         if connection.execute(_UPDATE, values).rowcount == 1:

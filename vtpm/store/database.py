@@ -14,7 +14,7 @@ from sqlalchemy.exc import DBAPIError
 
 from vtpm.errors import StoreError
 
-SCHEMA_REVISION: Final = "0005"
+SCHEMA_REVISION: Final = "0006"
 _MIGRATIONS: Final = Path(__file__).parent / "migrations"
 _WRITE: Final = "vtpm_write"
 _BUSY_TIMEOUT_MS: Final = 5000

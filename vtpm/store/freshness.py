@@ -24,6 +24,7 @@ from vtpm.crashpoints import crash_point
 from vtpm.seal.anchor import NO_DIGEST, START, LogPoint
 from vtpm.seal.envelope import StateKind
 from vtpm.store.database import errors, set_pragmas
+from vtpm.store.macs import INSTANCES, RowMacs, mismatch
 from vtpm.store.model import Failure
 from vtpm.store.rows import dump_failure, now
 
@@ -46,6 +47,7 @@ SELECT i.id, i.epoch, s.kind, s.epoch, s.version, s.blob FROM instances i JOIN s
 WHERE i.id = ?1 AND i.state != 'DELETING'
 UNION ALL SELECT {_SNAPSHOT}, n.blob {_SNAPSHOTS} AND i.id = ?1
 """  # noqa: S608  # constants
+_INSTANCE: Final = f"SELECT {', '.join(INSTANCES.names)}, mac FROM instances WHERE id = ?"  # noqa: S608  # names of columns
 _LOG: Final = "SELECT sequence, kind, instance, root, mac FROM freshness_log"
 
 
@@ -172,7 +174,8 @@ class _Line:
 class FreshnessLog:
     """Thread-safe. Without a key (`use`) nothing is recorded: there is no anchor, or it can't be trusted."""
 
-    def __init__(self, path: str, url: str) -> None:
+    def __init__(self, path: str, url: str, macs: RowMacs) -> None:
+        self._macs = macs
         # A power on need not wait for the survey of all states that runs beside it.
         self._survey = _Line(path, url)
         self._quick = _Line(path, url)
@@ -293,25 +296,55 @@ class FreshnessLog:
     # ---- instances -------------------------------------------------------------------------------------------------------
 
     def refuse(self, instance: uuid.UUID, failure: Failure) -> bool:
-        """Take an instance that is not ON to FAILED, as its state is not fresh; return whether it was."""
-        values = (dump_failure(failure), now().isoformat(" ", "microseconds"), instance.hex)
+        """Take an instance that is not ON to FAILED, as its state is not fresh; return whether it was.
+
+        One whose row is not as it was written is left as it is: it is refused already.
+        """
         with self._survey.transaction("BEGIN IMMEDIATE") as connection:
-            statement = (
-                "UPDATE instances SET state = 'FAILED', failure = ?, revision = revision + 1, updated_at = ?"
-                " WHERE id = ? AND state IN ('OFF', 'FAILED')"
-            )
-            return connection.execute(statement, values).rowcount == 1
+            row = self._row(connection, instance)
+            if row is None or row["state"] not in ("OFF", "FAILED"):
+                return False
+            if not self._is_right(row):
+                return False
+            self._change(connection, row, {"state": "FAILED", "failure": dump_failure(failure)})
+            return True
 
     def accept(self, instance: uuid.UUID, above_epoch: int) -> None:
-        """Take an instance that is not ON to OFF as it is; its epoch rises above `above_epoch`, and nothing older commits."""
+        """Take an instance that is not ON to OFF as it is; its epoch rises above `above_epoch`, and nothing older commits.
+
+        Raises:
+            SealedStateError: ROW_MAC_MISMATCH.
+        """
         with self._survey.transaction("BEGIN IMMEDIATE") as connection:
-            statement = (
-                "UPDATE instances SET state = 'OFF', failure = '', boot_id = '', epoch = max(epoch, ?) + 1,"
-                " revision = revision + 1, updated_at = ? WHERE id = ? AND state IN ('OFF', 'FAILED')"
-            )
-            values = (above_epoch, now().isoformat(" ", "microseconds"), instance.hex)
-            if connection.execute(statement, values).rowcount == 1 and self._key:
+            row = self._row(connection, instance)
+            if row is None or row["state"] not in ("OFF", "FAILED"):
+                return
+            if not self._is_right(row):
+                raise mismatch("instances", str(instance))
+            epoch = max(row["epoch"], above_epoch) + 1
+            self._change(connection, row, {"state": "OFF", "failure": "", "boot_id": "", "epoch": epoch})
+            if self._key:
                 self._append(connection.execute, LogKind.ACCEPTED, instance.bytes, b"")
+
+    def _row(self, connection: sqlite3.Connection, instance: uuid.UUID) -> dict[str, Any] | None:
+        row = connection.execute(_INSTANCE, (instance.hex,)).fetchone()
+        return None if row is None else dict(zip((*INSTANCES.names, "mac"), row, strict=True))
+
+    def _is_right(self, row: dict[str, Any]) -> bool:
+        mac = self._macs.of("instances", INSTANCES.names, [row[name] for name in INSTANCES.names])
+        right = isinstance(row["mac"], bytes) and hmac.compare_digest(row["mac"], mac)
+        if not right:
+            self._macs.tell("instances", row["id"])
+        return right
+
+    def _change(self, connection: sqlite3.Connection, row: dict[str, Any], values: dict[str, Any]) -> None:
+        """Change a row that was checked, and its MAC with it."""
+        moment = now().isoformat(" ", "microseconds")
+        values = {**values, "revision": row["revision"] + 1, "updated_at": moment}
+        values["mac"] = self._macs.of("instances", INSTANCES.names, [(row | values)[name] for name in INSTANCES.names])
+        columns = ", ".join(f"{name} = ?" for name in values)
+        statement = f"UPDATE instances SET {columns} WHERE id = ? AND mac = ?"  # noqa: S608  # names of columns
+        connection.execute(statement, (*values.values(), row["id"], row["mac"]))
 
 
 def digest_of(blob: bytes | None) -> bytes:

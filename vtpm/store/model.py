@@ -164,6 +164,8 @@ class CertificateRecord:
     revoked_at: dt.datetime | None = None
     revocation_reason: str = ""
     current: bool = True
+    # SHA-256 over the certified key's SubjectPublicKeyInfo; empty for PLATFORM.
+    subject_key: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

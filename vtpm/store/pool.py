@@ -18,8 +18,9 @@ from vtpm.errors import AlreadyExistsError, ConflictError
 from vtpm.seal.envelope import StateKind
 from vtpm.store import database
 from vtpm.store.certificates import Certificates
+from vtpm.store.macs import INSTANCES, POOL, REQUESTS, RowMacs
 from vtpm.store.model import InstanceRecord, InstanceState, PoolClaim, PoolMember
-from vtpm.store.rows import dump_platform, now, to_record, utc
+from vtpm.store.rows import dump_platform, moment_of, now, to_record, utc
 from vtpm.store.schema import certificates, instances, labels, pool, requests, states
 
 POOLED: Final = "POOLED"
@@ -51,38 +52,50 @@ def taken(error: IntegrityError, name: str) -> AlreadyExistsError:
 
 
 def insert_request(
-    connection: sa.Connection, request_id: str, instance: uuid.UUID, fingerprint: bytes, moment: dt.datetime
+    connection: sa.Connection,
+    macs: RowMacs,
+    request_id: str,
+    instance: uuid.UUID,
+    fingerprint: bytes,
+    moment: dt.datetime,
 ) -> None:
     """Remember which instance a request_id has made; forget those that are too old."""
     connection.execute(sa.delete(requests).where(requests.c.created_at < moment - REQUEST_LIFETIME))
     row = {"id": uuid.UUID(request_id), "instance": instance, "fingerprint": fingerprint, "created_at": moment}
-    connection.execute(sa.insert(requests), row)
+    connection.execute(sa.insert(requests), macs.signed(REQUESTS, row))
 
 
 class PoolTable:
     """Members of the pool, over the store's engines. Adding and discarding are the store's (vtpm.store.store)."""
 
-    def __init__(self, url: str, read: sa.Engine, write: sa.Engine) -> None:
+    def __init__(self, url: str, read: sa.Engine, write: sa.Engine, macs: RowMacs, recorded: Certificates) -> None:
         self._url = url
+        self._macs = macs
+        self._certificates = recorded
         self._read_engine = read
         self._write_engine = write
 
     def members(self) -> Sequence[PoolMember]:
-        """Return all members, the oldest first."""
-        query = sa.select(pool).order_by(pool.c.created_at, pool.c.instance)
+        """Return all members, the oldest first. One whose row is not as it was written is left where it is."""
+        query = POOL.select().order_by(pool.c.created_at, pool.c.instance)
         with database.errors(self._url), self._read_engine.begin() as connection:
-            return [PoolMember(row.instance, row.key, utc(row.created_at)) for row in connection.execute(query)]
+            rows = [row for row in connection.execute(query) if self._macs.is_right(POOL, row)]
+        return [PoolMember(uuid.UUID(row.instance), row.key, moment_of(row.created_at)) for row in rows]
 
     def record(self, instance: uuid.UUID) -> InstanceRecord:
-        """Return a member as the instance that it could be: for what is done to it before it is one."""
-        with database.errors(self._url), self._read_engine.begin() as connection:
-            row = connection.execute(sa.select(instances).where(instances.c.id == instance)).one()
-        return to_record(row, {}, InstanceState.OFF)
+        """Return a member as the instance that it could be: for what is done to it before it is one.
 
-    @staticmethod
-    def add_row(connection: sa.Connection, instance: uuid.UUID, key: str, moment: dt.datetime) -> PoolMember:
+        Raises:
+            SealedStateError: ROW_MAC_MISMATCH.
+        """
+        with database.errors(self._url), self._read_engine.begin() as connection:
+            row = connection.execute(INSTANCES.select().where(instances.c.id == instance)).one()
+        return to_record(self._macs.check(INSTANCES, row), {}, InstanceState.OFF)
+
+    def add_row(self, connection: sa.Connection, instance: uuid.UUID, key: str, moment: dt.datetime) -> PoolMember:
         """Note a member inside a transaction of the caller's."""
-        connection.execute(sa.insert(pool), {"instance": instance, "key": key, "created_at": moment})
+        row = {"instance": instance, "key": key, "created_at": moment}
+        connection.execute(sa.insert(pool), self._macs.signed(POOL, row))
         return PoolMember(instance, key, utc(moment))
 
     @staticmethod
@@ -96,6 +109,7 @@ class PoolTable:
         Raises:
             ConflictError: POOL_MEMBER_GONE, it is not in the pool any more, or its state is not the one that was changed.
             AlreadyExistsError: INSTANCE_NAME_TAKEN or REQUEST_ID_TAKEN; it stays in the pool.
+            SealedStateError: ROW_MAC_MISMATCH.
         """
         moment = now()
         name = claim.name or default_name(claim.id)
@@ -108,26 +122,29 @@ class PoolTable:
         }
         try:
             with database.errors(self._url), self._write_engine.begin() as connection:
-                if not self.remove_row(connection, claim.id):
+                member = connection.execute(POOL.select().where(pool.c.instance == claim.id)).first()
+                if member is None:
                     raise _gone()
-                changed = sa.update(instances).where(instances.c.id == claim.id, instances.c.state == POOLED)
-                if connection.execute(changed.values(values)).rowcount != 1:
+                self._macs.check(POOL, member)
+                self.remove_row(connection, claim.id)
+                row = connection.execute(INSTANCES.select().where(instances.c.id == claim.id)).first()
+                if row is None or self._macs.check(INSTANCES, row).state != POOLED:
                     raise _gone()
+                self._macs.change(connection, INSTANCES, row, values)
                 self._replace(connection, claim)
                 rows = [{"instance": claim.id, "key": key, "value": value} for key, value in claim.labels.items()]
                 if rows:
                     connection.execute(sa.insert(labels), rows)
                 if claim.request_id:
-                    insert_request(connection, claim.request_id, claim.id, claim.fingerprint, moment)
-                row = connection.execute(sa.select(instances).where(instances.c.id == claim.id)).one()
+                    insert_request(connection, self._macs, claim.request_id, claim.id, claim.fingerprint, moment)
+                row = connection.execute(INSTANCES.select().where(instances.c.id == claim.id)).one()
                 crash_point("claim.before_commit")
         except IntegrityError as error:
             raise taken(error, name) from None
         crash_point("claim.after_commit")
         return to_record(row, _sorted(claim.labels))
 
-    @staticmethod
-    def _replace(connection: sa.Connection, claim: PoolClaim) -> None:
+    def _replace(self, connection: sa.Connection, claim: PoolClaim) -> None:
         """Put what was made for this claim in the place of what the pool had."""
         if claim.state is not None:
             replace_state(connection, claim.id, claim.state.epoch, claim.state.version, claim.state.blob)
@@ -139,9 +156,9 @@ class PoolTable:
                 certificates.c.current,
             )
             # The old one never left this host.
-            Certificates.revoke_rows(connection, same, "superseded", now())
-            connection.execute(sa.update(certificates).where(same).values(current=False))
-            Certificates.add_rows(connection, [record])
+            self._certificates.revoke_rows(connection, same, "superseded", now())
+            self._certificates.retire_rows(connection, claim.id, record.kind, record.algorithm)
+            self._certificates.add_rows(connection, [record])
 
 
 def replace_state(connection: sa.Connection, instance: uuid.UUID, epoch: int, version: int, blob: bytes) -> None:

@@ -16,6 +16,7 @@ from vtpm.seal.envelope import StateKind
 from vtpm.seal.keys import WrappedKey
 from vtpm.store import database
 from vtpm.store.freshness import FreshnessLog, LogKind
+from vtpm.store.macs import INSTANCES, RowMacs
 from vtpm.store.model import InstanceState, SealedState
 from vtpm.store.rows import check_written, now
 from vtpm.store.schema import data_keys, instances, labels, snapshot_uses, snapshots, states
@@ -78,10 +79,20 @@ def find(connection: sqlite3.Connection, ref: str, subject: str) -> BackedUpInst
 class InstanceRestore:
     """Puts instances of backups into a store."""
 
-    def __init__(self, url: str, write: sa.Engine, log: FreshnessLog) -> None:
+    def __init__(self, url: str, write: sa.Engine, log: FreshnessLog, macs: RowMacs) -> None:
         self._url = url
+        self._macs = macs
         self._write_engine = write
         self._log = log
+
+    def leap(self) -> None:
+        """Make this a store that was restored: what was ON is OFF, and every epoch is above all that were before."""
+        with database.errors(self._url), self._write_engine.begin() as connection:
+            for row in connection.execute(INSTANCES.select()).all():
+                if self._macs.is_right(INSTANCES, row):
+                    off = {"state": InstanceState.OFF.value, "boot_id": ""} if row.state == InstanceState.ON.value else {}
+                    changes = {"epoch": row.epoch + EPOCH_LEAP, "revision": row.revision + 1, **off}
+                    self._macs.change(connection, INSTANCES, row, changes)
 
     def put(self, item: BackedUpInstance) -> None:
         """Replace the instance of that id by what the backup has, or add it; it is OFF.
@@ -109,11 +120,13 @@ class InstanceRestore:
             ) from None
 
     def _put(self, connection: sa.Connection, item: BackedUpInstance) -> None:
-        present = connection.execute(sa.select(instances.c.state, instances.c.epoch).where(instances.c.id == item.id)).first()
-        if present is not None and present.state not in (InstanceState.OFF, InstanceState.FAILED):
+        present = connection.execute(INSTANCES.select().where(instances.c.id == item.id)).first()
+        # A row that is not as it was written says nothing; putting the instance back is what mends it.
+        believed = present if present is not None and self._macs.is_right(INSTANCES, present) else None
+        if believed is not None and believed.state not in (InstanceState.OFF, InstanceState.FAILED):
             raise FailedPreconditionError(
                 "INSTANCE_ON",
-                f"the instance is {present.state}",
+                f"the instance is {believed.state}",
                 subject=item.name,
                 remedy=f"vtpm instance stop {item.name}",
             )
@@ -125,18 +138,22 @@ class InstanceRestore:
             "profile": item.profile,
             "keys": item.keys,
             "engine": item.engine,
-            "epoch": max(item.owner_epoch, present.epoch if present else 0) + EPOCH_LEAP,
+            "epoch": max(item.owner_epoch, believed.epoch if believed else 0) + EPOCH_LEAP,
             "boot_id": "",
             "updated_at": moment,
         }
+        added = {"id": item.id, "revision": 1, "created_at": moment, "platform": "", "identity": "UNCERTIFIED", **values}
         if present is None:
-            connection.execute(sa.insert(instances), {"id": item.id, "revision": 1, "created_at": moment, **values})
+            connection.execute(sa.insert(instances), self._macs.signed(INSTANCES, added))
         else:
             # Volatile states go too: they belong to what is replaced (invariant 2).
             for table in (snapshot_uses, snapshots, states, data_keys, labels):
                 connection.execute(sa.delete(table).where(table.c.instance == item.id))
-            changed = sa.update(instances).where(instances.c.id == item.id)
-            connection.execute(changed.values(revision=instances.c.revision + 1, **values))
+            if believed is not None:
+                self._macs.change(connection, INSTANCES, believed, {**values, "revision": believed.revision + 1})
+            else:
+                changed = sa.update(instances).where(instances.c.id == item.id)
+                connection.execute(changed.values(self._macs.signed(INSTANCES, added)))
         rows = [{"instance": item.id, "key": key, "value": value} for key, value in item.labels.items()]
         if rows:
             connection.execute(sa.insert(labels), rows)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import uuid
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
+from vtpm.store.macs import MESSAGE, REASON, remedy
 from vtpm.store.model import Failure, IdentityState, InstanceRecord, InstanceState, KeyRecord, PlatformRecord, ProfileRecord
+
+_UNKNOWN_TIME: Final = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 
 
 def now() -> dt.datetime:
@@ -72,9 +76,9 @@ def check_written(profile: str, keys: str) -> None:
 
 
 def to_record(row: Any, labels: Mapping[str, str], state: InstanceState | None = None) -> InstanceRecord:
-    """Make a record of a row of `instances` and its labels; `state` is taken for the row's own."""
+    """Make a record of a row of `instances` as the database keeps it; its MAC is right. `state` is taken for the row's own."""
     return InstanceRecord(
-        id=row.id,
+        id=uuid.UUID(row.id),
         name=row.name,
         labels=labels,
         state=state or InstanceState(row.state),
@@ -85,8 +89,46 @@ def to_record(row: Any, labels: Mapping[str, str], state: InstanceState | None =
         epoch=row.epoch,
         boot_id=row.boot_id,
         revision=row.revision,
-        created_at=row.created_at.replace(tzinfo=dt.UTC),
-        updated_at=row.updated_at.replace(tzinfo=dt.UTC),
+        created_at=moment_of(row.created_at),
+        updated_at=moment_of(row.updated_at),
         platform=_load_platform(row.platform),
         identity=IdentityState(row.identity),
     )
+
+
+def refused_record(row: Any, labels: Mapping[str, str]) -> InstanceRecord | None:
+    """Make a record to look at of a row that the service did not write: FAILED, and nothing in it is believed.
+
+    None for a row that does not even name an instance.
+    """
+    try:
+        identifier = uuid.UUID(row.id)
+    except (ValueError, AttributeError, TypeError):
+        return None
+    name = row.name if isinstance(row.name, str) and row.name.isprintable() else ""
+    failure = Failure(REASON, MESSAGE, remedy("instances"), _UNKNOWN_TIME)
+    return InstanceRecord(
+        id=identifier,
+        name=name[:63] or f"vtpm-{identifier.hex[:12]}",
+        labels=labels,
+        state=InstanceState.FAILED,
+        failure=failure,
+        profile=ProfileRecord((), "", ()),
+        keys=(),
+        engine="",
+        epoch=0,
+        boot_id="",
+        revision=0,
+        created_at=_UNKNOWN_TIME,
+        updated_at=_UNKNOWN_TIME,
+    )
+
+
+def is_refused(record: InstanceRecord) -> bool:
+    """Whether this is a record of `refused_record`."""
+    return record.failure is not None and record.failure.reason == REASON and record.revision == 0
+
+
+def moment_of(text: str) -> dt.datetime:
+    """Return a time as the database keeps it as an aware one."""
+    return dt.datetime.fromisoformat(text).replace(tzinfo=dt.UTC)

@@ -41,6 +41,8 @@ instances: Final = Table(
     Column("updated_at", DateTime, nullable=False),
     Column("platform", Text, nullable=False, server_default=""),
     Column("identity", String(16), nullable=False, server_default="UNCERTIFIED"),
+    # Over the whole row (vtpm.store.macs).
+    Column("mac", LargeBinary, nullable=False, server_default=""),
 )
 
 # TPMs that wait for an instance to become: rows of `instances` in the state POOLED. `key` says what they are good for.
@@ -50,6 +52,8 @@ pool: Final = Table(
     Column("instance", Uuid, ForeignKey("instances.id"), primary_key=True),
     Column("key", String(64), nullable=False),
     Column("created_at", DateTime, nullable=False),
+    # Over the whole row (vtpm.store.macs).
+    Column("mac", LargeBinary, nullable=False, server_default=""),
 )
 
 labels: Final = Table(
@@ -91,6 +95,8 @@ snapshots: Final = Table(
     Column("blob", LargeBinary, nullable=False),
     # A VM's control connection was open.
     Column("attached", Boolean, nullable=False),
+    # Over all but the blob, whose envelope binds the rest.
+    Column("mac", LargeBinary, nullable=False, server_default=""),
 )
 
 # Which snapshot was used up last; not in the row of the snapshot, which has several pages, as a guest waits for the write.
@@ -101,6 +107,8 @@ snapshot_uses: Final = Table(
     Column("version", BigInteger, nullable=False),
     # Of the worker that went on from it.
     Column("token", LargeBinary, nullable=False),
+    # Over the whole row (vtpm.store.macs).
+    Column("mac", LargeBinary, nullable=False, server_default=""),
 )
 
 requests: Final = Table(
@@ -110,6 +118,8 @@ requests: Final = Table(
     Column("instance", Uuid, nullable=False),
     Column("fingerprint", LargeBinary, nullable=False),
     Column("created_at", DateTime, nullable=False, index=True),
+    # Over the whole row (vtpm.store.macs).
+    Column("mac", LargeBinary, nullable=False, server_default=""),
 )
 
 # One row, while rollback protection is in force or being set up: which store this is, for its anchor.
@@ -151,6 +161,10 @@ certificates: Final = Table(
     Column("revoked_at", DateTime, nullable=True, index=True),
     Column("revocation_reason", String(32), nullable=False),
     Column("current", Boolean, nullable=False),
+    # SHA-256 over the certified key (SubjectPublicKeyInfo); empty for PLATFORM.
+    Column("subject_key", LargeBinary, nullable=False, server_default="", index=True),
+    # Over the whole row (vtpm.store.macs).
+    Column("mac", LargeBinary, nullable=False, server_default=""),
 )
 
 authorities: Final = Table(
@@ -168,9 +182,11 @@ authorities: Final = Table(
     Column("signer", String(16), nullable=False),
     Column("key", LargeBinary, nullable=False),
     Column("created_at", DateTime, nullable=False),
+    # Over the whole row (vtpm.store.macs).
+    Column("mac", LargeBinary, nullable=False, server_default=""),
 )
 
-# The wrapped data keys that seal private keys of authorities.
+# The wrapped data keys that seal private keys of authorities, and the key of the rows' MACs.
 authority_keys: Final = Table(
     "authority_keys",
     metadata,
@@ -185,4 +201,6 @@ counters: Final = Table(
     metadata,
     Column("name", String(32), primary_key=True),
     Column("value", BigInteger, nullable=False),
+    # Over the whole row (vtpm.store.macs).
+    Column("mac", LargeBinary, nullable=False, server_default=""),
 )

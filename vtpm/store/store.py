@@ -19,11 +19,13 @@ from vtpm.errors import ConflictError, FailedPreconditionError, NotFoundError, S
 from vtpm.seal.envelope import StateKind
 from vtpm.seal.keys import WrappedKey
 from vtpm.store import database
+from vtpm.store.adoption import sign_all
 from vtpm.store.authorities import Authorities
 from vtpm.store.certificates import Certificates
 from vtpm.store.commits import AnyCommit, StateCommits
 from vtpm.store.freshness import FreshnessLog, LogKind
 from vtpm.store.identities import Identities
+from vtpm.store.macs import INSTANCES, REQUESTS, RowMacs, mismatch
 from vtpm.store.model import (
     Failure,
     Filter,
@@ -36,7 +38,16 @@ from vtpm.store.model import (
 )
 from vtpm.store.pool import POOLED, REQUEST_LIFETIME, PoolTable, insert_request, pool_name, taken
 from vtpm.store.restore import InstanceRestore
-from vtpm.store.rows import dump_failure, dump_keys, dump_platform, dump_profile, now, to_record
+from vtpm.store.rows import (
+    dump_failure,
+    dump_keys,
+    dump_platform,
+    dump_profile,
+    is_refused,
+    now,
+    refused_record,
+    to_record,
+)
 from vtpm.store.schema import (
     authority_keys,
     certificates,
@@ -65,14 +76,16 @@ class Store:
         self._read_engine = read
         self._write_engine = write
         path = sa.make_url(url).database or ""
-        self._commits = StateCommits(path, url)
-        self.snapshots = SnapshotReader(path, url)
-        self.freshness = FreshnessLog(path, url)
-        self.restores = InstanceRestore(url, write, self.freshness)
-        self.certificates = Certificates(url, read, write)
-        self.authorities = Authorities(url, read, write)
-        self.pool = PoolTable(url, read, write)
-        self.identities = Identities(url, read, write)
+        # They have no key yet (vtpm.store.adoption).
+        self.macs = RowMacs()
+        self._commits = StateCommits(path, url, self.macs)
+        self.snapshots = SnapshotReader(path, url, self.macs)
+        self.freshness = FreshnessLog(path, url, self.macs)
+        self.restores = InstanceRestore(url, write, self.freshness, self.macs)
+        self.certificates = Certificates(url, read, write, self.macs)
+        self.authorities = Authorities(url, read, write, self.macs)
+        self.pool = PoolTable(url, read, write, self.macs, self.certificates)
+        self.identities = Identities(url, read, write, self.macs, self.certificates)
 
     @classmethod
     def open(cls, url: str) -> Store:
@@ -148,15 +161,24 @@ class Store:
         return self._get(connection, str(instance))
 
     def _select(self, connection: sa.Connection, *conditions: Any, limit: int | None = None) -> list[InstanceRecord]:
-        query = sa.select(instances).where(instances.c.state.not_in(_HIDDEN), *conditions).order_by(instances.c.id).limit(limit)
+        query = INSTANCES.select().where(instances.c.state.not_in(_HIDDEN), *conditions).order_by(instances.c.id).limit(limit)
         rows = connection.execute(query).all()
-        found: dict[uuid.UUID, dict[str, str]] = {row.id: {} for row in rows}
+        found: dict[str, dict[str, str]] = {row.id: {} for row in rows}
         ids = list(found)
+        owner = sa.type_coerce(labels.c.instance, sa.types.NullType())
         for start in range(0, len(ids), 500):
-            part = sa.select(labels).where(labels.c.instance.in_(ids[start : start + 500])).order_by(labels.c.key)
+            part = sa.select(owner.label("instance"), labels.c.key, labels.c.value)
+            part = part.where(owner.in_(ids[start : start + 500])).order_by(labels.c.key)
             for label in connection.execute(part):
                 found[label.instance][label.key] = label.value
-        return [to_record(row, found[row.id]) for row in rows]
+        records = [self._record(row, found[row.id]) for row in rows]
+        return [record for record in records if record is not None]
+
+    def _record(self, row: Any, its_labels: Mapping[str, str]) -> InstanceRecord | None:
+        """Invariant 9: what decides is what the service wrote; another row is shown as FAILED, and nothing in it counts."""
+        if self.macs.is_right(INSTANCES, row):
+            return to_record(row, its_labels)
+        return refused_record(row, its_labels)
 
     def list(self, wanted: Filter, page_size: int, after: uuid.UUID | None) -> list[InstanceRecord]:
         """Return up to `page_size` instances that match, ordered by id, from behind `after`."""
@@ -180,7 +202,8 @@ class Store:
     def owned(self) -> Sequence[InstanceRecord]:
         """Return the instances that are ON."""
         with self._reading() as connection:
-            return self._select(connection, instances.c.state == InstanceState.ON.value)
+            found = self._select(connection, instances.c.state == InstanceState.ON.value)
+        return [record for record in found if record.state is InstanceState.ON]
 
     def counts(self) -> Mapping[InstanceState, int]:
         """Return how many instances are in each state."""
@@ -191,13 +214,20 @@ class Store:
             return {InstanceState(state): count for state, count in connection.execute(query)}
 
     def find_request(self, request_id: str) -> tuple[uuid.UUID, bytes] | None:
-        """Return (instance, fingerprint) of an earlier creation under `request_id`; kept for 24 hours."""
-        query = sa.select(requests.c.instance, requests.c.fingerprint).where(
+        """Return (instance, fingerprint) of an earlier creation under `request_id`; kept for 24 hours.
+
+        Raises:
+            SealedStateError: ROW_MAC_MISMATCH.
+        """
+        query = REQUESTS.select().where(
             requests.c.id == uuid.UUID(request_id), requests.c.created_at >= now() - REQUEST_LIFETIME
         )
         with self._reading() as connection:
             row = connection.execute(query).first()
-        return (row.instance, row.fingerprint) if row else None
+        if row is None:
+            return None
+        self.macs.check(REQUESTS, row, request_id)
+        return uuid.UUID(row.instance), row.fingerprint
 
     def load(self, instance: uuid.UUID) -> tuple[WrappedKey, SealedState]:
         """Return the wrapped data key and the sealed permanent state.
@@ -230,7 +260,7 @@ class Store:
                 self._insert(connection, new, new.name, InstanceState.OFF.value, moment)
                 self._insert_labels(connection, new.id, new.labels)
                 if new.request_id:
-                    insert_request(connection, new.request_id, new.id, new.fingerprint, moment)
+                    insert_request(connection, self.macs, new.request_id, new.id, new.fingerprint, moment)
                 crash_point("create.before_commit")
         except IntegrityError as error:
             raise taken(error, new.name) from None
@@ -281,7 +311,7 @@ class Store:
             "platform": dump_platform(new.platform),
             "identity": new.identity.value,
         }
-        connection.execute(sa.insert(instances), row)
+        connection.execute(sa.insert(instances), self.macs.signed(INSTANCES, row))
         key = new.wrapped_key
         row = {"instance": new.id, "provider": key.provider, "key_id": key.key_id, "blob": key.blob}
         connection.execute(sa.insert(data_keys), row)
@@ -313,7 +343,7 @@ class Store:
         with self._writing() as connection:
             values = {"keys": dump_keys(keys)}
             if pcr_banks:
-                profile = dataclasses.replace(self._by_id(connection, instance).profile, pcr_banks=pcr_banks)
+                profile = dataclasses.replace(self._trusted(connection, instance).profile, pcr_banks=pcr_banks)
                 values["profile"] = dump_profile(profile)
             self._change(connection, instance, values)
             return self._by_id(connection, instance)
@@ -325,7 +355,7 @@ class Store:
             FailedPreconditionError: INSTANCE_ALREADY_ON.
         """
         with self._writing() as connection:
-            record = self._by_id(connection, instance)
+            record = self._trusted(connection, instance)
             if record.state is InstanceState.ON:
                 raise FailedPreconditionError(
                     "INSTANCE_ALREADY_ON", "the instance is ON", subject=record.name, remedy=f"vtpm instance stop {record.name}"
@@ -334,6 +364,17 @@ class Store:
             self._change(connection, instance, values, revision=revision)
             self._forget_snapshots(connection, instance)
             return self._by_id(connection, instance)
+
+    def _trusted(self, connection: sa.Connection, instance: uuid.UUID) -> InstanceRecord:
+        """Return an instance whose row is as the service wrote it.
+
+        Raises:
+            SealedStateError: ROW_MAC_MISMATCH.
+        """
+        record = self._by_id(connection, instance)
+        if is_refused(record):
+            raise mismatch("instances", record.name)
+        return record
 
     @staticmethod
     def _forget_snapshots(connection: sa.Connection, instance: uuid.UUID) -> None:
@@ -360,7 +401,7 @@ class Store:
 
     def _leave(self, instance: uuid.UUID, epoch: int, values: dict[str, Any], from_states: tuple[str, ...]) -> InstanceRecord:
         with self._writing() as connection:
-            record = self._by_id(connection, instance)
+            record = self._trusted(connection, instance)
             if record.epoch != epoch or record.state.value not in from_states:
                 raise ConflictError(
                     "EPOCH_STALE",
@@ -375,15 +416,24 @@ class Store:
     def _change(
         self, connection: sa.Connection, instance: uuid.UUID, values: dict[str, Any], *, revision: int | None = None
     ) -> None:
-        query = sa.update(instances).where(instances.c.id == instance, instances.c.state.not_in(_HIDDEN))
-        if revision is not None:
-            query = query.where(instances.c.revision == revision)
-        changed = connection.execute(query.values(revision=instances.c.revision + 1, updated_at=now(), **values))
-        if changed.rowcount != 1:
-            record = self._by_id(connection, instance)
+        """Change an instance's row and its MAC with it; what is there must be what the service wrote.
+
+        Raises:
+            ConflictError: ETAG_MISMATCH.
+            NotFoundError: INSTANCE_NOT_FOUND.
+            SealedStateError: ROW_MAC_MISMATCH.
+        """
+        query = INSTANCES.select().where(instances.c.id == instance, instances.c.state.not_in(_HIDDEN))
+        row = connection.execute(query).first()
+        if row is None:
+            self._by_id(connection, instance)
+        self.macs.check(INSTANCES, row, str(instance))
+        assert row is not None
+        if revision is not None and row.revision != revision:
             raise ConflictError(
-                "ETAG_MISMATCH", "the instance was changed meanwhile", subject=record.name, remedy="read it again and retry"
+                "ETAG_MISMATCH", "the instance was changed meanwhile", subject=row.name, remedy="read it again and retry"
             )
+        self.macs.change(connection, INSTANCES, row, {"revision": row.revision + 1, "updated_at": now(), **values})
 
     def commit(self, commits: Sequence[AnyCommit]) -> Sequence[str]:
         """See vtpm.store.commits.StateCommits.commit."""
@@ -406,8 +456,14 @@ class Store:
                     remedy=f"vtpm instance stop {record.name}",
                 )  # fmt: skip
             # Its name is free at once, however long the erasure of what is left of its key takes.
-            gone = {"state": _DELETING, "name": f"~{instance.hex}"}
-            self._change(connection, instance, gone, revision=revision)
+            # Without a new MAC: nothing is decided any more on a row of an instance that is gone, and one that is not as it
+            # was written can be deleted too.
+            if revision is not None and record.revision != revision:
+                raise ConflictError(
+                    "ETAG_MISMATCH", "the instance was changed meanwhile", subject=record.name, remedy="read it again and retry"
+                )
+            gone = sa.update(instances).where(instances.c.id == instance, instances.c.state.not_in(_HIDDEN))
+            connection.execute(gone.values(state=_DELETING, name=f"~{instance.hex}"))
             connection.execute(sa.delete(data_keys).where(data_keys.c.instance == instance))
             self.freshness.record(connection, LogKind.DELETED, instance)
             self.certificates.revoke_rows(connection, certificates.c.instance == instance, "cessationOfOperation", now())
@@ -438,6 +494,16 @@ class Store:
                 connection.execute(sa.delete(table).where(table.c.instance.in_(doomed)))
             connection.execute(sa.delete(instances).where(instances.c.state == _DELETING))
             crash_point("delete.before_commit")
+
+    def adopt_rows(self, key: uuid.UUID, wrapped: WrappedKey, *, sign: bool) -> None:
+        """Keep the wrapped key of the rows and, with `sign`, take every row as it is, in one transaction."""
+        with self._writing() as connection:
+            row = {"id": key, "provider": wrapped.provider, "key_id": wrapped.key_id, "blob": wrapped.blob}
+            connection.execute(sa.insert(authority_keys), row)
+            count = sign_all(connection, self.macs) if sign else 0
+            crash_point("rows.before_adopt")
+        if count:
+            log.info("store.rows_adopted", count=count)
 
     # ---- key rotation ----------------------------------------------------------------------------------------------------
 

@@ -130,6 +130,32 @@ def ak_template(algorithm: KeyAlgorithm) -> bytes:
             raise InvalidArgumentError("AK_ALGORITHM_UNSUPPORTED", "an AK is ECC_P256 or RSA_2048")
 
 
+def template_with(template: bytes, key: rsa.RSAPublicKey | ec.EllipticCurvePublicKey) -> bytes:
+    """Return the TPMT_PUBLIC of the key that a template has made, from the template and what a certificate has of the key.
+
+    Raises:
+        InvalidArgumentError: PUBLIC_AREA_INVALID, the key is of another kind than the template's.
+    """
+    from cryptography.hazmat.primitives.asymmetric import ec, rsa
+
+    area = parse_public(template)
+    # The unique part is the last of a TPMT_PUBLIC (Part 2, 12.2.4).
+    head = template[: len(template) - sum(2 + len(part) for part in area.unique)]
+    if isinstance(key, rsa.RSAPublicKey) and area.kind is AlgId.RSA and area.exponent == key.public_numbers().e:
+        public = head + _sized(key.public_numbers().n.to_bytes((key.key_size + 7) // 8, "big"))
+        bits = int.from_bytes(head[-6:-4], "big")
+        right = bits == key.key_size
+    elif isinstance(key, ec.EllipticCurvePublicKey) and area.kind is AlgId.ECC:
+        size, numbers = (key.curve.key_size + 7) // 8, key.public_numbers()
+        public = head + _sized(numbers.x.to_bytes(size, "big")) + _sized(numbers.y.to_bytes(size, "big"))
+        right = {EccCurve.NIST_P256: "secp256r1", EccCurve.NIST_P384: "secp384r1"}.get(EccCurve(area.curve)) == key.curve.name
+    else:
+        right, public = False, b""
+    if not right:
+        raise InvalidArgumentError("PUBLIC_AREA_INVALID", "the key is not of the template's kind")
+    return public
+
+
 @dataclass(frozen=True, slots=True)
 class PublicArea:
     """A TPMT_PUBLIC taken apart. `exponent` is 65537 where the TPM writes 0."""
@@ -214,13 +240,17 @@ def key_algorithm(tpmt_public: bytes) -> KeyAlgorithm | None:
 
 
 _AK_NEEDED: Final = int(
-    ObjectAttribute.FIXED_TPM | ObjectAttribute.FIXED_PARENT | ObjectAttribute.RESTRICTED | ObjectAttribute.SIGN
+    ObjectAttribute.FIXED_TPM
+    | ObjectAttribute.FIXED_PARENT
+    | ObjectAttribute.SENSITIVE_DATA_ORIGIN
+    | ObjectAttribute.RESTRICTED
+    | ObjectAttribute.SIGN
 )
 _AK_FORBIDDEN: Final = int(ObjectAttribute.DECRYPT)
 
 
 def is_ak(tpmt_public: bytes) -> bool:
-    """Whether a key can be an AK: it never left its TPM and signs only what that TPM itself made (Part 1, 31)."""
+    """Whether a key can be an AK: its TPM made it, keeps it, and signs with it only what that TPM made itself (Part 1, 31)."""
     # Kind and nameAlg, then the attributes. Plain numbers: workers do this, and enumerations touch much memory.
     attributes = int.from_bytes(tpmt_public[4:8], "big")
     return attributes & (_AK_NEEDED | _AK_FORBIDDEN) == _AK_NEEDED

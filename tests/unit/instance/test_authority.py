@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from tests.unit.pki.given import INSTANCE, TPM, an_ak, an_ek
+from tests.unit.store.given import open_store, sign_anew
 from vtpm.errors import (
     AlreadyExistsError,
     FailedPreconditionError,
@@ -40,7 +41,7 @@ MANUAL = AuthorityOptions(mode="manual")
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
-    opened = Store.open(f"sqlite:///{tmp_path / 'vtpm.db'}")
+    opened = open_store(f"sqlite:///{tmp_path / 'vtpm.db'}")
     yield opened
     opened.close()
 
@@ -101,7 +102,7 @@ def test_a_ca_is_made_at_the_first_start_and_found_at_the_next(
 
 
 def test_two_hosts_have_cas_of_different_names(host: HostAuthority, tmp_path: Path) -> None:
-    other = Store.open(f"sqlite:///{tmp_path / 'other.db'}")
+    other = open_store(f"sqlite:///{tmp_path / 'other.db'}")
     second = HostAuthority.open(other, FileKeyProvider(state_dir=tmp_path / "..", options={"path": str(tmp_path / "k2")}, create=True), AuthorityOptions())  # fmt: skip  # noqa: E501
     other.close()
     assert {c.subject for c in host.required().chain}.isdisjoint(c.subject for c in second.required().chain)
@@ -275,6 +276,11 @@ def test_sealed_keys_that_were_swapped_are_refused(
         database.execute("UPDATE authorities SET key = (SELECT key FROM authorities WHERE role = 'ROOT')")
     with pytest.raises(SealedStateError) as caught:
         HostAuthority.open(store, keys, AuthorityOptions())
+    assert reason_of(caught) == "ROW_MAC_MISMATCH"
+    # And if the row were believed, its secret would not be.
+    sign_anew(store)
+    with pytest.raises(SealedStateError) as caught:
+        HostAuthority.open(store, keys, AuthorityOptions())
     assert reason_of(caught) == "SECRET_AUTHENTICATION_FAILED"
 
 
@@ -283,6 +289,10 @@ def test_a_chain_that_was_swapped_is_refused(host: HostAuthority, store: Store, 
     with sqlite3.connect(tmp_path / "vtpm.db") as database:
         chain = pem(issuing.certificate, root.certificate).decode()
         database.execute("UPDATE authorities SET chain = ? WHERE role = 'ISSUING'", (chain,))
+    with pytest.raises(VtpmError) as caught:
+        HostAuthority.open(store, keys, AuthorityOptions())
+    assert reason_of(caught) == "ROW_MAC_MISMATCH"
+    sign_anew(store)
     with pytest.raises(VtpmError) as caught:
         HostAuthority.open(store, keys, AuthorityOptions())
     assert reason_of(caught) == "CA_KEY_MISMATCH"

@@ -11,14 +11,13 @@ import pytest
 from cryptography import x509
 
 from tests.unit.pki.given import TPM, an_ak, an_ek
-from tests.unit.store.given import a_new_instance
+from tests.unit.store.given import a_new_instance, open_store
 from vtpm.errors import InvalidArgumentError, NotFoundError
 from vtpm.instance.authority import AuthorityOptions, HostAuthority
 from vtpm.instance.certificates import CertificateDesk
 from vtpm.pki.model import IssuedCertificate
 from vtpm.seal.file_provider import FileKeyProvider
 from vtpm.store.model import CertificateRecord
-from vtpm.store.store import Store
 from vtpm.tpm.keys import KeyAlgorithm
 
 NOW = dt.datetime.now(dt.UTC).replace(microsecond=0)
@@ -27,7 +26,7 @@ HOUR = dt.timedelta(hours=1)
 
 @pytest.fixture
 def desk(tmp_path: Path) -> Iterator[CertificateDesk]:
-    store = Store.open(f"sqlite:///{tmp_path / 'vtpm.db'}")
+    store = open_store(f"sqlite:///{tmp_path / 'vtpm.db'}")
     keys = FileKeyProvider(state_dir=tmp_path, options={}, create=True)
     yield CertificateDesk(store, HostAuthority.open(store, keys, AuthorityOptions()))
     store.close()

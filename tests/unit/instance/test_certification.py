@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
 import struct
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from tests.unit.store.given import a_new_instance, open_store
 from tests.unit.tpm.test_credential import EKS, opened
 from vtpm.engine.identity import Challenge, FreshTpm
 from vtpm.engine.v1 import link_pb2 as pb
-from vtpm.errors import EngineError
+from vtpm.errors import AlreadyExistsError, EngineError, NotFoundError
 from vtpm.instance.certification import Certification, description_in
 from vtpm.pki.authority import Authority
 from vtpm.pki.making import make_issuing, make_root
 from vtpm.pki.model import IssuingPolicy
 from vtpm.pki.signer import KeySigner
 from vtpm.store.model import PlatformRecord
+from vtpm.store.store import Store
 from vtpm.tpm.keys import KeyAlgorithm, ak_template, name_of
 from vtpm.tpm.layouts import NvLayout
 
@@ -74,6 +78,13 @@ def a_certification() -> Certification:
     return Certification(an_authority(), INSTANCE, NvLayout.TCG, PlatformRecord("Maker", "Model", "1"), _here)
 
 
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    opened = open_store(f"sqlite:///{tmp_path / 'vtpm.db'}")
+    yield opened
+    opened.close()
+
+
 async def test_a_tpm_that_opens_all_is_certified() -> None:
     certification = a_certification()
     entries = await certification(Worker(lambda secrets: secrets))
@@ -111,3 +122,23 @@ async def test_a_key_that_is_not_of_its_template_is_not_even_asked() -> None:
     with pytest.raises(EngineError) as raised:
         await a_certification()(Worker(lambda secrets: secrets, bytes(loose)))
     assert raised.value.reason == "IDENTITY_NOT_PROVEN"
+
+
+async def test_two_instances_can_t_have_one_tpm_s_keys(store: Store) -> None:
+    """A worker that answers for two instances at once, with a TPM that can: the second is refused, and the first keeps its."""
+    worker, authority = Worker(lambda secrets: secrets), an_authority()
+    new = [a_new_instance("web-1"), a_new_instance("web-2")]
+    for item in new:
+        certification = Certification(authority, item.id, NvLayout.TCG, PlatformRecord("Maker", "Model", "1"), _here)
+        await certification(worker)
+        made = dataclasses.replace(item, certificates=certification.certificates)
+        if item is new[0]:
+            store.create(made)
+            continue
+        with pytest.raises(AlreadyExistsError) as raised:
+            store.create(made)
+        assert raised.value.reason == "KEY_CERTIFIED_ELSEWHERE"
+        with pytest.raises(NotFoundError):
+            store.get("web-2")
+    assert len(store.certificates.current(new[0].id)) == 4
+    assert store.certificates.history(new[1].id) == []

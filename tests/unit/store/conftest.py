@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.store.given import open_store
 from vtpm.store.store import Store
 
 
@@ -22,7 +23,7 @@ def url(path: Path) -> str:
 
 @pytest.fixture
 def store(url: str) -> Iterator[Store]:
-    opened = Store.open(url)
+    opened = open_store(url)
     yield opened
     opened.close()
 
@@ -30,6 +31,6 @@ def store(url: str) -> Iterator[Store]:
 @pytest.fixture(scope="module")
 def shared_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
     """Give a store that the examples of one property share."""
-    opened = Store.open(f"sqlite:///{tmp_path_factory.mktemp('store') / 'vtpm.db'}")
+    opened = open_store(f"sqlite:///{tmp_path_factory.mktemp('store') / 'vtpm.db'}")
     yield opened
     opened.close()

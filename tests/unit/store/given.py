@@ -11,15 +11,30 @@ from pathlib import Path
 from typing import Any
 
 from vtpm.seal.keys import WrappedKey
+from vtpm.store.adoption import sign_all
 from vtpm.store.model import InstanceRecord, KeyRecord, NewInstance, ProfileRecord, StateCommit
 from vtpm.store.store import Store
 
 PROFILE = ProfileRecord(("RSA_2048", "ECC_P384"), "ECC_P256", ("sha256", "sha384"))
 KEYS = (KeyRecord("EK", "RSA_2048", 0x81010001, b"\x00\x01ek"), KeyRecord("AK", "ECC_P256", 0x81800003, b"\x00\x23ak"))
+ROW_KEY = bytes(range(32))
 
 
 def a_wrapped_key() -> WrappedKey:
     return WrappedKey("file", "file-1", os.urandom(60))
+
+
+def open_store(url: str) -> Store:
+    """Open a store, with a row key that all of them share."""
+    store = Store.open(url)
+    store.macs.use(ROW_KEY)
+    return store
+
+
+def sign_anew(store: Store) -> None:
+    """Have every row count as it is: what was changed behind the store's back was changed by who has the key."""
+    with store._writing() as connection:
+        sign_all(connection, store.macs)
 
 
 def a_new_instance(name: str = "web-1", labels: Mapping[str, str] | None = None, **changes: Any) -> NewInstance:

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.unit.store.given import a_commit, a_new_instance
+from tests.unit.store.given import ROW_KEY, a_commit, a_new_instance, open_store
 from vtpm.errors import BackupError, InvalidArgumentError, NotFoundError, StoreError
 from vtpm.seal.envelope import Place, StateKind, seal
 from vtpm.store import backup, backup_file
@@ -232,8 +232,8 @@ def test_a_store_that_was_made_of_it_has_everything_off_under_other_epochs(store
     before = {name: store.get(name) for name in ("web-1", "web-2")}
     place = tmp_path / "out" / "vtpm.db"
     with backup.opened(taken, [ME], place.parent) as opened:
-        backup.install(backup.make_store(opened), place)
-    made = Store.open(f"sqlite:///{place}")
+        backup.install(backup.make_store(opened, lambda store: store.macs.use(ROW_KEY)), place)
+    made = open_store(f"sqlite:///{place}")
     try:
         for name, old in before.items():
             record = made.get(name)
@@ -250,7 +250,7 @@ def test_a_store_that_was_made_of_it_has_everything_off_under_other_epochs(store
         made.close()
     assert place.stat().st_mode & 0o777 == 0o600
     with backup.opened(taken, [ME], place.parent) as opened, pytest.raises(BackupError) as caught:
-        backup.install(backup.make_store(opened), place)
+        backup.install(backup.make_store(opened, lambda store: store.macs.use(ROW_KEY)), place)
     assert caught.value.reason == "RESTORE_TARGET_NOT_EMPTY"
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.store.given import a_commit, a_new_instance, created_on, database_file
+from tests.unit.store.given import a_commit, a_new_instance, created_on, database_file, open_store
 from vtpm.errors import ErrorKind, StoreError
 from vtpm.seal.envelope import StateKind
 from vtpm.store.model import InstanceRecord, SealedState, StateCommit
@@ -34,7 +34,7 @@ def test_the_owner_commits_version_after_version(store: Store, owned: InstanceRe
 
 def test_an_acknowledged_commit_is_there_after_a_restart(store: Store, owned: InstanceRecord, url: str) -> None:
     store.commit([a_commit(owned, 2)])
-    again = Store.open(url)
+    again = open_store(url)
     assert kept(again, owned) == SealedState(1, 2, b"state 2")
     again.close()
 

@@ -108,7 +108,7 @@ def test_a_reader_sees_no_half_of_a_change(engines: tuple[sa.Engine, sa.Engine],
     database.migrate(read, write, url)
     with read.begin() as reader, write.begin() as writer:
         assert reader.exec_driver_sql("SELECT count(*) FROM requests").scalar() == 0
-        writer.exec_driver_sql("INSERT INTO requests VALUES ('1', '1', x'00', '2026-01-01')")
+        writer.exec_driver_sql("INSERT INTO requests VALUES ('1', '1', x'00', '2026-01-01', x'00')")
         assert reader.exec_driver_sql("SELECT count(*) FROM requests").scalar() == 0
     with read.begin() as reader:
         assert reader.exec_driver_sql("SELECT count(*) FROM requests").scalar() == 1
@@ -181,7 +181,7 @@ def test_a_full_disk_is_told_as_such(engines: tuple[sa.Engine, sa.Engine], url: 
     with engines[1].begin() as connection:
         connection.exec_driver_sql(f"PRAGMA max_page_count={connection.exec_driver_sql('PRAGMA page_count').scalar()}")
         with pytest.raises(StoreError) as refused, database.errors(url):
-            connection.exec_driver_sql("INSERT INTO requests VALUES ('1', '1', zeroblob(100000), '2026-01-01')")
+            connection.exec_driver_sql("INSERT INTO requests VALUES ('1', '1', zeroblob(100000), '2026-01-01', x'00')")
     assert refused.value.reason == "STORE_FULL"
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.unit.store.given import a_commit, a_new_instance, created_on, database_file
+from tests.unit.store.given import a_commit, a_new_instance, created_on, database_file, open_store
 from vtpm.seal.anchor import START, LogPoint
 from vtpm.seal.envelope import StateKind
 from vtpm.store.freshness import LogKind, StateRow, digest_of
@@ -111,7 +111,7 @@ def test_a_row_is_not_made_without_the_secret(armed: Store, path: Path, mac: byt
 
 
 def test_rows_of_another_stores_log_do_not_fit(armed: Store, tmp_path: Path) -> None:
-    other = Store.open(f"sqlite:///{tmp_path / 'other.db'}")
+    other = open_store(f"sqlite:///{tmp_path / 'other.db'}")
     other.freshness.use(uuid.UUID(int=8), KEY)
     other.create(a_new_instance("a"))
     with database_file(tmp_path / "other.db") as database:

@@ -23,7 +23,7 @@ times = st.datetimes(timezones=st.sampled_from([dt.UTC, dt.timezone(dt.timedelta
 
 def read_back(**values: Any) -> InstanceRecord:
     row = {
-        "id": uuid.UUID(int=1),
+        "id": uuid.UUID(int=1).hex,
         "name": "web-1",
         "state": "OFF",
         "failure": "",
@@ -33,8 +33,8 @@ def read_back(**values: Any) -> InstanceRecord:
         "epoch": 3,
         "boot_id": "",
         "revision": 7,
-        "created_at": dt.datetime(2026, 1, 2),  # noqa: DTZ001  # as the database keeps it
-        "updated_at": dt.datetime(2026, 1, 3),  # noqa: DTZ001  # as the database keeps it
+        "created_at": "2026-01-02 00:00:00.000000",
+        "updated_at": "2026-01-03 00:00:00.000000",
         "platform": "",
         "identity": "UNCERTIFIED",
     }

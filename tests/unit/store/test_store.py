@@ -8,7 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.store.given import KEYS, PROFILE, a_commit, a_new_instance, a_wrapped_key, created_on, database_file
+from tests.unit.store.given import (
+    KEYS,
+    PROFILE,
+    a_commit,
+    a_new_instance,
+    a_wrapped_key,
+    created_on,
+    database_file,
+    open_store,
+    sign_anew,
+)
 from vtpm.errors import AlreadyExistsError, ConflictError, FailedPreconditionError, NotFoundError
 from vtpm.store.model import Failure, InstanceState, SealedState
 from vtpm.store.store import Store
@@ -80,7 +90,7 @@ def test_a_name_is_given_once_and_a_refused_creation_leaves_nothing(store: Store
 def test_what_was_created_is_there_after_a_restart(store: Store, url: str) -> None:
     new = a_new_instance(labels={"team": "web"})
     record = store.create(new)
-    again = Store.open(url)
+    again = open_store(url)
     assert again.get(str(new.id)) == record
     assert again.load(new.id) == store.load(new.id)
     again.close()
@@ -101,7 +111,7 @@ def test_a_retried_creation_finds_what_the_first_one_made(store: Store, url: str
     new = a_new_instance(request_id=str(uuid.uuid4()), fingerprint=b"what was asked for")
     store.create(new)
     assert store.find_request(new.request_id) == (new.id, b"what was asked for")
-    again = Store.open(url)
+    again = open_store(url)
     assert again.find_request(new.request_id) == (new.id, b"what was asked for")
     again.close()
 
@@ -130,6 +140,7 @@ def test_a_request_is_forgotten_after_a_day(store: Store, path: Path) -> None:
         for request_id, hours in ((old, 25), (young, 23)):
             moment = (now - dt.timedelta(hours=hours)).isoformat(" ")
             connection.execute("UPDATE requests SET created_at = ? WHERE id = ?", (moment, uuid.UUID(request_id).hex))
+    sign_anew(store)
     store.create(a_new_instance("web-3", request_id=str(uuid.uuid4())))
     assert store.find_request(old) is None
     assert store.find_request(young) is not None

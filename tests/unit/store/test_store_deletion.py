@@ -11,12 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.store.given import a_commit, a_new_instance, bytes_on_disk, created_on, database_file
+from tests.unit.store.given import a_commit, a_new_instance, bytes_on_disk, created_on, database_file, open_store
 from vtpm.errors import ConflictError, FailedPreconditionError, NotFoundError, StoreError
 from vtpm.store.model import Filter
 from vtpm.store.store import Store
 
-ERASE = "import sys, uuid; from vtpm.store.store import Store; Store.open(sys.argv[1]).delete(uuid.UUID(sys.argv[2]), None)"
+ERASE = """
+import sys, uuid
+from tests.unit.store.given import open_store
+open_store(sys.argv[1]).delete(uuid.UUID(sys.argv[2]), None)
+"""
 
 
 def rows(path: Path, table: str) -> int:
@@ -92,7 +96,7 @@ def test_an_interrupted_deletion_is_finished_by_the_next_start(store: Store, pat
     assert [record.id for record in store.list(Filter(), 10, None)] == [kept.id]
     assert sum(store.counts().values()) == 1
 
-    again = Store.open(url)
+    again = open_store(url)
     assert (rows(path, "instances"), rows(path, "data_keys"), rows(path, "states"), rows(path, "labels")) == (1, 1, 1, 0)
     assert again.load(kept.id)[0] == kept.wrapped_key
     again.close()
@@ -147,7 +151,7 @@ def test_a_reader_that_keeps_the_log_makes_the_erasure_pending_and_the_next_star
     with pytest.raises(NotFoundError):
         store.get(str(new.id))
     store.close()
-    again = Store.open(f"sqlite:///{path}")
+    again = open_store(f"sqlite:///{path}")
     assert new.wrapped_key.blob not in bytes_on_disk(path)
     again.create(a_new_instance("web-2"))
     again.close()

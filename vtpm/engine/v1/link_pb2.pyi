@@ -826,6 +826,7 @@ class WorkerRequest(_message.Message):
     WRITE_NV_FIELD_NUMBER: _builtins.int
     READ_NV_FIELD_NUMBER: _builtins.int
     REPROVISION_FIELD_NUMBER: _builtins.int
+    PROVE_FIELD_NUMBER: _builtins.int
     HIBERNATE_FIELD_NUMBER: _builtins.int
     id: _builtins.int
     @_builtins.property
@@ -863,6 +864,10 @@ class WorkerRequest(_message.Message):
     @_builtins.property
     def reprovision(self) -> Global___Reprovision: ...
     @_builtins.property
+    def prove(self) -> Global___ActivateCredentials:
+        """Of a running TPM, between two guest commands."""
+
+    @_builtins.property
     def hibernate(self) -> Global___Hibernate: ...
     def __init__(
         self,
@@ -885,13 +890,14 @@ class WorkerRequest(_message.Message):
         write_nv: Global___WriteNv | None = ...,
         read_nv: Global___ReadNv | None = ...,
         reprovision: Global___Reprovision | None = ...,
+        prove: Global___ActivateCredentials | None = ...,
         hibernate: Global___Hibernate | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["activate_credentials", b"activate_credentials", "body", b"body", "execute", b"execute", "get_event_log", b"get_event_log", "get_keys", b"get_keys", "get_status", b"get_status", "hash_sequence", b"hash_sequence", "hibernate", b"hibernate", "load", b"load", "manufacture", b"manufacture", "measure", b"measure", "provision", b"provision", "quote", b"quote", "read_nv", b"read_nv", "read_pcrs", b"read_pcrs", "reprovision", b"reprovision", "reset", b"reset", "stop", b"stop", "write_nv", b"write_nv"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["activate_credentials", b"activate_credentials", "body", b"body", "execute", b"execute", "get_event_log", b"get_event_log", "get_keys", b"get_keys", "get_status", b"get_status", "hash_sequence", b"hash_sequence", "hibernate", b"hibernate", "load", b"load", "manufacture", b"manufacture", "measure", b"measure", "prove", b"prove", "provision", b"provision", "quote", b"quote", "read_nv", b"read_nv", "read_pcrs", b"read_pcrs", "reprovision", b"reprovision", "reset", b"reset", "stop", b"stop", "write_nv", b"write_nv"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activate_credentials", b"activate_credentials", "body", b"body", "execute", b"execute", "get_event_log", b"get_event_log", "get_keys", b"get_keys", "get_status", b"get_status", "hash_sequence", b"hash_sequence", "hibernate", b"hibernate", "id", b"id", "load", b"load", "manufacture", b"manufacture", "measure", b"measure", "provision", b"provision", "quote", b"quote", "read_nv", b"read_nv", "read_pcrs", b"read_pcrs", "reprovision", b"reprovision", "reset", b"reset", "stop", b"stop", "write_nv", b"write_nv"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activate_credentials", b"activate_credentials", "body", b"body", "execute", b"execute", "get_event_log", b"get_event_log", "get_keys", b"get_keys", "get_status", b"get_status", "hash_sequence", b"hash_sequence", "hibernate", b"hibernate", "id", b"id", "load", b"load", "manufacture", b"manufacture", "measure", b"measure", "prove", b"prove", "provision", b"provision", "quote", b"quote", "read_nv", b"read_nv", "read_pcrs", b"read_pcrs", "reprovision", b"reprovision", "reset", b"reset", "stop", b"stop", "write_nv", b"write_nv"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["manufacture", "load", "execute", "read_pcrs", "quote", "measure", "get_event_log", "reset", "stop", "get_status", "get_keys", "hash_sequence", "activate_credentials", "provision", "write_nv", "read_nv", "reprovision", "hibernate"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["manufacture", "load", "execute", "read_pcrs", "quote", "measure", "get_event_log", "reset", "stop", "get_status", "get_keys", "hash_sequence", "activate_credentials", "provision", "write_nv", "read_nv", "reprovision", "prove", "hibernate"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -1233,6 +1239,7 @@ class Credential(_message.Message):
     BLOB_FIELD_NUMBER: _builtins.int
     ENCRYPTED_SECRET_FIELD_NUMBER: _builtins.int
     MADE_ANEW_FIELD_NUMBER: _builtins.int
+    EK_ALGORITHM_FIELD_NUMBER: _builtins.int
     ak: _builtins.int
     """Handle of the key whose Name the credential is for."""
     ek: _builtins.int
@@ -1244,6 +1251,8 @@ class Credential(_message.Message):
     encrypted_secret: _builtins.bytes
     made_anew: _builtins.str
     """With `ak` 0: the key of `ExtraKey` with this algorithm, made for this credential alone."""
+    ek_algorithm: _builtins.str
+    """The EK's kind: where its handle is empty, as after TPM2_Clear, its template makes it again, for this credential alone."""
     def __init__(
         self,
         *,
@@ -1253,10 +1262,11 @@ class Credential(_message.Message):
         blob: _builtins.bytes = ...,
         encrypted_secret: _builtins.bytes = ...,
         made_anew: _builtins.str = ...,
+        ek_algorithm: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ak", b"ak", "blob", b"blob", "by_policy", b"by_policy", "ek", b"ek", "encrypted_secret", b"encrypted_secret", "made_anew", b"made_anew"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ak", b"ak", "blob", b"blob", "by_policy", b"by_policy", "ek", b"ek", "ek_algorithm", b"ek_algorithm", "encrypted_secret", b"encrypted_secret", "made_anew", b"made_anew"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1324,20 +1334,26 @@ class Provision(_message.Message):
     DATA_KEY_FIELD_NUMBER: _builtins.int
     INSTANCE_FIELD_NUMBER: _builtins.int
     ENTRIES_FIELD_NUMBER: _builtins.int
+    PLACE_FIELD_NUMBER: _builtins.int
     data_key: _builtins.bytes
     instance: _builtins.bytes
     @_builtins.property
     def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___NvEntry]: ...
+    @_builtins.property
+    def place(self) -> Global___Place:
+        """Ends a Reprovision: where the sealed state goes."""
+
     def __init__(
         self,
         *,
         data_key: _builtins.bytes = ...,
         instance: _builtins.bytes = ...,
         entries: _abc.Iterable[Global___NvEntry] | None = ...,
+        place: Global___Place | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["place", b"place"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_key", b"data_key", "entries", b"entries", "instance", b"instance"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_key", b"data_key", "entries", b"entries", "instance", b"instance", "place", b"place"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1366,31 +1382,29 @@ Global___Provisioned: _TypeAlias = Provisioned  # noqa: Y015
 
 @_typing.final
 class Reprovision(_message.Message):
-    """In a worker without a TPM: opens a sealed state, defines and writes indices anew, and seals it as the next version."""
+    """In a worker without a TPM: opens a sealed state and starts that TPM, for ActivateCredentials and then Provision, which defines
+    and writes indices anew and gives the envelope.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     DATA_KEY_FIELD_NUMBER: _builtins.int
     PLACE_FIELD_NUMBER: _builtins.int
     SEALED_FIELD_NUMBER: _builtins.int
-    ENTRIES_FIELD_NUMBER: _builtins.int
     data_key: _builtins.bytes
     sealed: _builtins.bytes
     @_builtins.property
     def place(self) -> Global___Place: ...
-    @_builtins.property
-    def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___NvEntry]: ...
     def __init__(
         self,
         *,
         data_key: _builtins.bytes = ...,
         place: Global___Place | None = ...,
         sealed: _builtins.bytes = ...,
-        entries: _abc.Iterable[Global___NvEntry] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["place", b"place"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_key", b"data_key", "entries", b"entries", "place", b"place", "sealed", b"sealed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_key", b"data_key", "place", b"place", "sealed", b"sealed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
