@@ -9,6 +9,7 @@ from vtpm.engine.exits import EXIT_STOPPED, Exit
 from vtpm.engine.provisioning import Provisioning
 from vtpm.engine.stats import UNKNOWN_ORDINAL
 from vtpm.engine.v1 import link_pb2 as pb
+from vtpm.engine.validate import MAX_EVENT_LOG_SIZE
 from vtpm.errors import FailedPreconditionError, InvalidArgumentError, TpmError, VtpmError
 from vtpm.tpm.command import HEADER, HEADER_SIZE, MAX_COMMAND_SIZE
 from vtpm.tpm.eventlog import event2, spec_id_header
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from vtpm.engine.operations import ManufacturedKey, Operations
     from vtpm.engine.software import SoftwareTpm
 
-MAX_EVENT_LOG_SIZE: Final = 256 << 10
 _NEED_POWER: Final = frozenset(
     ("read_pcrs", "quote", "measure", "get_event_log", "get_keys", "hash_sequence", "write_nv", "read_nv")
 )
@@ -63,6 +63,9 @@ class Power(Protocol):
 
     def listen(self) -> None:
         """Begin to serve the VM's sockets."""
+
+    def keys_told(self) -> None:
+        """The daemon knows the keys of now: what is imported later is told again."""
 
 
 class Duties:
@@ -116,6 +119,9 @@ class Duties:
         request = pb.WorkerRequest.FromString(message)
         reply = pb.WorkerReply(id=request.id)
         kind = request.WhichOneof("body") or ""
+        if kind == "get_keys":
+            # Also if it can't be answered yet: who asks knows that there is something to ask for.
+            self._power.keys_told()
         last: int | None = None
         if kind == "get_status":
             # Asked for again and again, and no sign of life; a good moment to see whether there was any.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime as dt
+import functools
 import uuid
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,6 +19,8 @@ import structlog
 
 from vtpm.errors import ErrorKind, FailedPreconditionError, VtpmError
 from vtpm.instance.certification import AK, record_of
+from vtpm.instance.spread import spread
+from vtpm.log import SourceLog
 from vtpm.pki.authority import Authority
 from vtpm.store.model import CertificateRecord, IdentityState, InstanceRecord, KeyRecord
 from vtpm.tpm.layouts import NvLayout, renewed_entries
@@ -28,12 +31,16 @@ if TYPE_CHECKING:
     from vtpm.instance.running import Running
 
 log: Final = structlog.get_logger("vtpm.instance")
+_lines: Final = SourceLog(log)
 
 # Renewed when a third of its life is left.
 _LEFT: Final = 3
 _SHORTEST_TURN_S: Final = 1.0
 _LONGEST_TURN_S: Final = 60.0
 _AT_ONCE: Final = 500
+_RENEWALS_AT_ONCE: Final = 4
+# As long as the worker itself may wait for the store, and some more.
+_RENEWAL_TIMEOUT_S: Final = 120.0
 RENEWED_KINDS: Final = (AK, "GUEST_AK")
 
 
@@ -65,33 +72,47 @@ class Renewal:
 
     async def _run(self) -> None:
         while True:
-            authority = self._identity.authority()
             turn_s = _LONGEST_TURN_S
-            if authority is not None:
-                lifetime = authority.policy.ak_lifetime
-                turn_s = max(_SHORTEST_TURN_S, min(_LONGEST_TURN_S, lifetime.total_seconds() / 20))
-                try:
+            try:
+                authority = self._identity.authority()
+                if authority is not None:
+                    lifetime = authority.policy.ak_lifetime
+                    turn_s = max(_SHORTEST_TURN_S, min(_LONGEST_TURN_S, lifetime.total_seconds() / 20))
                     await self._turn(authority, dt.datetime.now(dt.UTC) + lifetime / _LEFT)
-                except VtpmError as error:
-                    log.warning("renewal.turn_failed", reason=error.reason, remedy=error.remedy)
+            except VtpmError as error:
+                _lines.warning("turn", "renewal.turn_failed", reason=error.reason, remedy=error.remedy)
+            except Exception as error:  # noqa: BLE001  # the next turn is for others too
+                _lines.error("turn", "renewal.turn_failed", reason="INTERNAL", error=type(error).__name__)
             await asyncio.sleep(turn_s)
 
     async def _turn(self, authority: Authority, before: dt.datetime) -> None:
         due: list[uuid.UUID] = []
         for kind in RENEWED_KINDS:
             due += await self._lifecycle.blocking(self._store.identities.overdue, kind, before, _AT_ONCE)
-        failed = 0
-        for instance in dict.fromkeys(due):
-            running = self._lifecycle.running(str(instance))
-            if running is None:
-                continue
-            try:
+        found = [self._lifecycle.running(str(instance)) for instance in dict.fromkeys(due)]
+        waiting = [running for running in found if running is not None]
+        failures = 0
+        # Whoever does not answer takes a place for a moment only, and then waits beside the others.
+        async for done in spread(waiting, functools.partial(self._renewed, authority), at_once=_RENEWALS_AT_ONCE):
+            failures += not done
+        self._identity.metrics.set_overdue(failures)
+
+    async def _renewed(self, authority: Authority, running: Running) -> bool:
+        """Renew what is due of one instance; whether that went well."""
+        instance = str(running.record.id)
+        try:
+            async with asyncio.timeout(_RENEWAL_TIMEOUT_S):
                 await self._renew_on(running, authority)
-            except VtpmError as error:
-                failed += 1
-                self._identity.metrics.count_renewal("failed")
-                log.warning("renewal.failed", instance=str(instance), reason=error.reason, remedy=error.remedy)
-        self._identity.metrics.set_overdue(failed)
+        except VtpmError as error:
+            _lines.warning(instance, "renewal.failed", instance=instance, reason=error.reason, remedy=error.remedy)
+        except TimeoutError:
+            _lines.warning(instance, "renewal.failed", instance=instance, reason="WORKER_TIMEOUT", remedy="see the instance")
+        except Exception as error:  # noqa: BLE001  # it is one instance's
+            _lines.error(instance, "renewal.failed", instance=instance, reason="INTERNAL", error=type(error).__name__)
+        else:
+            return True
+        self._identity.metrics.count_renewal("failed")
+        return False
 
     async def _renew_on(self, running: Running, authority: Authority) -> None:
         record = running.record
