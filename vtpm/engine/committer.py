@@ -63,8 +63,8 @@ class Channel:
     reader: FrameReader = field(default_factory=FrameReader)
     # A commit of it was taken and is not answered yet.
     waiting: bool = False
-    # It was told that somebody else owns its instance, and is to end.
-    refused: bool = False
+    # What it was told is the end of it: somebody else owns its instance, or all that it is, is in the store.
+    over: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,8 +209,8 @@ class Committer:
         """Return the commit that is whole now."""
         if channel.waiting:
             raise ViolationError("COMMIT_OUTSTANDING", "a commit before the answer to the last one")
-        if channel.refused:
-            raise ViolationError("COMMIT_REFUSED", "a commit after a refusal, which is the end of a worker")
+        if channel.over:
+            raise ViolationError("COMMIT_OVER", "a commit after a refusal or a snapshot, which are the end of a worker")
         try:
             messages = channel.reader.feed(data, limit=validate.MAX_COMMIT_SIZE, most=1)
         except EngineError as error:
@@ -255,8 +255,8 @@ class Committer:
 
     def _answer(self, arrived: list[tuple[Channel, pb.Commit]], refusals: Sequence[str]) -> None:
         for (channel, message), refused in zip(arrived, refusals, strict=True):
+            channel.over = refused != SNAPSHOT_NOT_TAKEN if refused else message.kind == pb.Commit.SNAPSHOT
             if refused:
-                channel.refused = refused != SNAPSHOT_NOT_TAKEN
                 _lines.error(
                     str(channel.instance),
                     "commit.refused",

@@ -22,11 +22,14 @@ from vtpm.tpm.pcr import PCR_COUNT, PcrBank
 
 # What SQLite's integers hold; epochs, versions and counts are kept there.
 INTEGER_END: Final = 1 << 63
-# The envelope of a state. libtpms has 176 KiB of NV, and a state that is full of it 150 KB; a snapshot may bring the event log.
-MAX_SEALED_SIZE: Final = 512 << 10
-# A Commit or a reply with a sealed state and little else.
+# The envelope of a permanent state. libtpms has 176 KiB of NV, and a state that is full of it some 150 KB. The larger it may
+# be, the longer whoever commits in the same moment waits.
+MAX_STATE_SIZE: Final = 256 << 10
+# The envelope of a snapshot, which brings the event log.
+MAX_SNAPSHOT_SIZE: Final = 512 << 10
+# What a reply has beside a sealed state.
 _BESIDE_SEALED: Final = 32 << 10
-MAX_COMMIT_SIZE: Final = MAX_SEALED_SIZE + 256
+MAX_COMMIT_SIZE: Final = MAX_SNAPSHOT_SIZE + 256
 MAX_EVENT_LOG_SIZE: Final = 256 << 10
 TOKEN_SIZE: Final = 16
 # Commands since the daemon last asked: a million a second would take nine years.
@@ -76,7 +79,7 @@ def commit(message: bytes, epoch: int) -> pb.Commit:
         raise ViolationError("COMMIT_MALFORMED", f"{len(message)} bytes on the commit socket are no message") from None
     # The one that comes all the time, and before a guest's answer.
     plain = found.kind == pb.Commit.PERMANENT and not found.token and not found.attached
-    if plain and found.epoch == epoch != 0 and 0 < found.version < INTEGER_END and 0 < len(found.sealed) <= MAX_SEALED_SIZE:
+    if plain and found.epoch == epoch != 0 and 0 < found.version < INTEGER_END and 0 < len(found.sealed) <= MAX_STATE_SIZE:
         return found
     _demand(epoch, "COMMIT_UNOWNED", "a commit of a worker that has no instance")
     _demand(found.epoch == epoch, "COMMIT_EPOCH", "a commit under an epoch that is not the worker's")
@@ -86,7 +89,8 @@ def commit(message: bytes, epoch: int) -> pb.Commit:
         _demand(len(found.token) == TOKEN_SIZE, "COMMIT_TOKEN", f"a token of {len(found.token)} bytes")
         _demand(not found.sealed and not found.attached, "COMMIT_FIELDS", "a state with what uses a snapshot up")
     else:
-        _demand(0 < len(found.sealed) <= MAX_SEALED_SIZE, "COMMIT_SIZE", f"a sealed state of {len(found.sealed)} bytes")
+        most = MAX_SNAPSHOT_SIZE if found.kind == pb.Commit.SNAPSHOT else MAX_STATE_SIZE
+        _demand(0 < len(found.sealed) <= most, "COMMIT_SIZE", f"a sealed state of {len(found.sealed)} bytes")
         _demand(not found.token, "COMMIT_FIELDS", "a token with a state")
         _demand(found.kind == pb.Commit.SNAPSHOT or not found.attached, "COMMIT_FIELDS", "a connection with a permanent state")
     return found
@@ -120,9 +124,9 @@ UNSOLICITED: Final = ("imported", "identity_touched")
 _UNSOLICITED_SIZE: Final = 64
 _REPLY_SIZE: Final = 16 << 10
 _REPLY_SIZES: Final = {
-    "manufacture": MAX_SEALED_SIZE + _BESIDE_SEALED,
-    "provision": MAX_SEALED_SIZE + _BESIDE_SEALED,
-    "reprovision": MAX_SEALED_SIZE + _BESIDE_SEALED,
+    "manufacture": MAX_STATE_SIZE + _BESIDE_SEALED,
+    "provision": MAX_STATE_SIZE + _BESIDE_SEALED,
+    "reprovision": MAX_STATE_SIZE + _BESIDE_SEALED,
     "get_event_log": MAX_EVENT_LOG_SIZE + 64,
     "get_keys": 32 << 10,
     "get_status": 32 << 10,
@@ -261,7 +265,7 @@ def _check_provisioned(_request: pb.WorkerRequest, reply: pb.WorkerReply) -> Non
 
 
 def _check_sealed(sealed: bytes) -> None:
-    _demand(0 < len(sealed) <= MAX_SEALED_SIZE, "SEALED_SIZE", f"a sealed state of {len(sealed)} bytes")
+    _demand(0 < len(sealed) <= MAX_STATE_SIZE, "SEALED_SIZE", f"a sealed state of {len(sealed)} bytes")
 
 
 def _check_secrets(request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:

@@ -32,7 +32,6 @@ _TIMEOUTS_S: Final = {
     "provision": 120.0,
     "reprovision": 120.0,
     "activate_credentials": 120.0,
-    "load": 120.0,
 }
 # What a worker may say unasked before it is answered, and how much of that may be saved.
 _CREDIT: Final = 1

@@ -52,7 +52,7 @@ log: Final = structlog.get_logger("vtpm.engine")
 _lines: Final = SourceLog(log)
 
 # A worker that says that it has stopped ends at once.
-_END_TIMEOUT_S: Final = 5.0
+_END_TIMEOUT_S: Final = 2.0
 _MAKERS: Final = 2
 _RESET: Final = "reset the instance together with its VM: vtpm instance reset {}"
 
