@@ -41,7 +41,7 @@ from vtpm.instance.lifecycle import Lifecycle
 from vtpm.instance.manager import InstanceManager
 from vtpm.instance.sockets import InstanceSockets
 from vtpm.instance.watch import ChangeHub
-from vtpm.log import configure
+from vtpm.log import SourceLog, configure
 from vtpm.metrics import Metrics
 from vtpm.seal.keys import load_key_provider
 from vtpm.store.model import InstanceState
@@ -216,6 +216,7 @@ def _observe(metrics: Metrics, report: CommitReport) -> None:
 
 async def _observe_instances(manager: InstanceManager, metrics: Metrics) -> None:
     """Collect from time to time what only the workers and the store know."""
+    lines = SourceLog(log)
     while True:
         try:
             for row in await manager.drain_command_counts():
@@ -223,7 +224,9 @@ async def _observe_instances(manager: InstanceManager, metrics: Metrics) -> None
             host = await manager.host()
             metrics.set_instances(host.counts, awake=host.awake, hibernated=host.hibernated)
         except VtpmError as error:
-            log.warning("metrics.collection_failed", reason=error.reason)
+            lines.warning("metrics", "metrics.collection_failed", reason=error.reason)
+        except Exception as error:  # noqa: BLE001  # the next turn has other numbers
+            lines.error("metrics", "metrics.collection_failed", reason="INTERNAL", error=type(error).__name__)
         await asyncio.sleep(_METRICS_INTERVAL_S)
 
 

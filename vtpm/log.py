@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import MutableMapping
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, MutableMapping
 from typing import Any, Final
 
 import structlog
@@ -29,6 +32,9 @@ _FORBIDDEN: Final = frozenset(
 )
 _MAX_TEXT: Final = 2000
 _MAX_DEPTH: Final = 4
+_LINES: Final = 5
+_EVERY_S: Final = 10.0
+_MAX_SOURCES: Final = 1024
 
 
 def _guard(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
@@ -82,3 +88,51 @@ def configure(log_format: str, level: str) -> None:
         cache_logger_on_first_use=True,
     )
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s %(message)s")
+
+
+class SourceLog:
+    """Lines about many sources, of each so many within a time: whoever makes trouble must not fill the log with it.
+
+    What was withheld of a source is counted, and said with its next line. Used from any thread.
+    """
+
+    def __init__(
+        self, logger: Any, *, lines: int = _LINES, every_s: float = _EVERY_S, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._logger = logger
+        self._lines = lines
+        self._every_s = every_s
+        self._now = now
+        # Source → [when its time began, lines since then, lines withheld]; those that spoke last are last.
+        self._sources: OrderedDict[str, list[float]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def _withheld(self, source: str) -> int | None:
+        """Return how many lines were withheld before this one; None if this one is too."""
+        with self._lock:
+            now = self._now()
+            row = self._sources.pop(source, None) or [now, 0, 0]
+            self._sources[source] = row
+            if len(self._sources) > _MAX_SOURCES:
+                self._sources.popitem(last=False)
+            if now - row[0] >= self._every_s:
+                row[0], row[1] = now, 0
+            if row[1] >= self._lines:
+                row[2] += 1
+                return None
+            row[1] += 1
+            withheld, row[2] = int(row[2]), 0
+            return withheld
+
+    def warning(self, source: str, event: str, **fields: Any) -> None:
+        """Log a warning about `source`, if there were not too many."""
+        self._say(self._logger.warning, source, event, fields)
+
+    def error(self, source: str, event: str, **fields: Any) -> None:
+        """Log an error about `source`, if there were not too many."""
+        self._say(self._logger.error, source, event, fields)
+
+    def _say(self, log: Callable[..., object], source: str, event: str, fields: MutableMapping[str, Any]) -> None:
+        withheld = self._withheld(source)
+        if withheld is not None:
+            log(event, **fields, **({"withheld_before": withheld} if withheld else {}))

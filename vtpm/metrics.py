@@ -21,6 +21,7 @@ class _CommandCollector(Collector):
 
     def __init__(self, bounds_ns: Sequence[int]) -> None:
         self._bounds = [f"{bound / 1e9:g}" for bound in bounds_ns] + ["+Inf"]
+        self.buckets = len(self._bounds)
         self.rows: dict[int, tuple[int, int, list[int]]] = {}
 
     def collect(self) -> list[HistogramMetricFamily | CounterMetricFamily]:
@@ -110,7 +111,13 @@ class Metrics:
         self._activations.labels(result).inc()
 
     def observe_ordinals(self, ordinal: int, count: int, nanos: int, buckets: Sequence[int]) -> None:
-        """Add what a worker counted of one ordinal since it was last asked."""
+        """Add what a worker counted of one ordinal since it was last asked.
+
+        Raises:
+            ValueError: its histogram has another number of buckets than this daemon's.
+        """
+        if len(buckets) != self._commands.buckets:
+            raise ValueError(f"a histogram of {len(buckets)} buckets")
         old_count, old_nanos, old_buckets = self._commands.rows.get(ordinal, (0, 0, [0] * len(buckets)))
         merged = [old + new for old, new in zip(old_buckets, buckets, strict=True)]
         self._commands.rows[ordinal] = (old_count + count, old_nanos + nanos, merged)

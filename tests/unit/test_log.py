@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from vtpm import log as vtpm_log
 from vtpm.errors import SealedStateError
+from vtpm.log import SourceLog
 
 SECRET_FIELDS = (
     "data_key key auth password secret state_blob blob sealed command response nonce plaintext".split()  # noqa: SIM905  # a list of words
@@ -172,3 +173,34 @@ def test_secrets_inside_of_containers_and_in_capitals_are_withheld() -> None:
     assert line["f"] == {"auth": "[withheld]", "fine": 1}
     assert line["items"] == ["[withheld]", ["ok", "[withheld]"]]
     assert line["password"] == "[withheld]"
+
+
+class Lines:
+    """A logger that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.kept: list[tuple[str, dict[str, Any]]] = []
+
+    def warning(self, event: str, **fields: Any) -> None:
+        self.kept.append((event, fields))
+
+    error = warning
+
+
+def test_one_source_gets_so_many_lines_and_what_was_withheld_is_counted() -> None:
+    lines, now = Lines(), 0.0
+    log = SourceLog(lines, lines=3, every_s=10, now=lambda: now)
+    for _ in range(1000):
+        log.warning("vm-a", "trouble", reason="A")
+    log.error("vm-b", "trouble", reason="B")
+    assert [fields["reason"] for _, fields in lines.kept] == ["A", "A", "A", "B"]
+    now = 10.0
+    log.warning("vm-a", "trouble", reason="A")
+    assert lines.kept[-1] == ("trouble", {"reason": "A", "withheld_before": 997})
+
+
+def test_any_number_of_sources_takes_bounded_memory() -> None:
+    log = SourceLog(Lines(), lines=1)
+    for number in range(5000):
+        log.warning(f"vm-{number}", "trouble")
+    assert len(log._sources) <= 1024

@@ -15,15 +15,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from google.protobuf.message import DecodeError
-
 from vtpm import crashpoints
-from vtpm.engine import descriptors, sandbox
+from vtpm.engine import descriptors, sandbox, validate_host
 from vtpm.engine.exits import EXIT_STOPPED
 from vtpm.engine.scheduling import stand_alone, take_short_turns
 from vtpm.engine.software import LIBTPMS, TPM_SERVER
 from vtpm.engine.tpm_server import in_new_worker
 from vtpm.engine.v1 import link_pb2 as pb
+from vtpm.engine.validate import ViolationError
 from vtpm.engine.worker import GOING_ON, MAX_ORDER_SIZE, TAKE_OVER, Worker, vm_sockets
 
 if TYPE_CHECKING:
@@ -46,54 +45,85 @@ class Child:
     moving: tuple[pb.ParkedInstance, list[int]] | None = None
     # What it left with its last words.
     left: tuple[pb.ParkedInstance, list[int]] | None = None
+    # What it did that no worker does; it is ended then.
+    misbehaved: str = ""
 
     def take_over(self, roles: Sequence[pb.Role.ValueType], fds: Sequence[int], zeros: Sequence[int] = ()) -> None:
         """Give it the instance that it was made for, with a descriptor for each role.
 
         Raises:
-            OSError: it is gone.
+            OSError: it is gone, or does not read.
         """
         order = pb.TakeOver(instance=self.instance, epoch=self.epoch, roles=roles, zeros=zeros)
-        socket.send_fds(self.link, [TAKE_OVER, order.SerializeToString()], fds)
+        descriptors.send_at_once(self.link, [TAKE_OVER, order.SerializeToString()], fds)
 
     def listen(self) -> bool:
-        """Take one message of it; False if there is none. What makes no sense ends it."""
+        """Take one message of it; False if there is none.
+
+        Raises:
+            ViolationError: no worker says that.
+        """
         try:
             message, fds = self._receive()
         except OSError:
             return False
         if not message:
-            return False
-        if message == GOING_ON:
-            self.settle()
             descriptors.close_all(fds)
-        else:
-            try:
-                park = pb.Park.FromString(message)
-            except DecodeError:
-                park = pb.Park()
-            if not self.instance or self.left is not None or not park.roles or len(park.roles) != len(fds):
-                descriptors.close_all(fds)
-                with contextlib.suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
-                return True
-            about = pb.ParkedInstance(
-                instance=self.instance,
-                epoch=self.epoch,
-                engine=self.engine,
-                roles=park.roles,
-                zeros=park.zeros,
-                snapshot_version=park.snapshot_version,
-            )
-            self.left = about, fds
+            return False
+        try:
+            self._take(message, fds)
+        except ViolationError:
+            descriptors.close_all(fds)
+            raise
         return True
 
+    def _take(self, message: bytes, fds: list[int]) -> None:
+        if message == GOING_ON:
+            if self.moving is None or fds:
+                raise ViolationError("GOING_ON", "it goes on from a snapshot that it was not given")
+            self.settle()
+            return
+        if len(message) > MAX_ORDER_SIZE:
+            raise ViolationError("PARK_SIZE", f"a message of more than {MAX_ORDER_SIZE} bytes")
+        park = validate_host.park(message, fds)
+        if not self.instance or self.left is not None:
+            raise ViolationError("PARK_UNOWNED", "it leaves an instance that it has not got")
+        about = pb.ParkedInstance(
+            instance=self.instance,
+            epoch=self.epoch,
+            engine=self.engine,
+            roles=park.roles,
+            zeros=park.zeros,
+            snapshot_version=park.snapshot_version,
+        )
+        self.left = about, fds
+
     def _receive(self) -> tuple[bytes, list[int]]:
+        # One byte more than there may be, so that a message that is too long is seen to be.
+        size = MAX_ORDER_SIZE + 1
         try:
-            return descriptors.receive(self.link, MAX_ORDER_SIZE, flags=socket.MSG_DONTWAIT)
+            return descriptors.receive(self.link, size, flags=socket.MSG_DONTWAIT)
         except ConnectionResetError:
             # It has died with something unread, which is told before what it had to say.
-            return descriptors.receive(self.link, MAX_ORDER_SIZE, flags=socket.MSG_DONTWAIT)
+            return descriptors.receive(self.link, size, flags=socket.MSG_DONTWAIT)
+
+    def kill(self) -> None:
+        """End it now."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+    def send(self, message: bytes, fds: Sequence[int] = ()) -> None:
+        """Tell it something. One that does not read what it is told is ended: nobody waits for it.
+
+        Raises:
+            OSError: it is gone, or is ended now.
+        """
+        try:
+            descriptors.send_at_once(self.link, [message], fds)
+        except BlockingIOError:
+            self.misbehaved = self.misbehaved or "LINK_UNREAD: messages of the engine host that it does not read"
+            self.kill()
+            raise
 
     def settle(self) -> None:
         """The worker has what it was given."""

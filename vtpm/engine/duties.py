@@ -63,6 +63,9 @@ class Power(Protocol):
     def listen(self) -> None:
         """Begin to serve the VM's sockets."""
 
+    def keys_told(self) -> None:
+        """The daemon knows the keys of now: what is imported later is told again."""
+
 
 class Duties:
     """Serves one request after the other."""
@@ -120,6 +123,9 @@ class Duties:
         request = pb.WorkerRequest.FromString(message)
         reply = pb.WorkerReply(id=request.id)
         kind = request.WhichOneof("body") or ""
+        if kind == "get_keys":
+            # Also if it can't be answered yet: who asks knows that there is something to ask for.
+            self._power.keys_told()
         last: int | None = None
         if kind == "get_status":
             # Asked for again and again, and no sign of life; a good moment to see whether there was any.

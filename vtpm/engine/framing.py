@@ -27,25 +27,32 @@ class FrameReader:
     def __init__(self) -> None:
         self._buffer = bytearray()
 
-    def feed(self, data: bytes) -> list[bytes]:
-        """Add `data`; return the messages that are now whole.
+    @property
+    def partial(self) -> bool:
+        """Whether a part of a message has come, and not all of it."""
+        return bool(self._buffer)
+
+    def feed(self, data: bytes, *, limit: int = MAX_FRAME_SIZE, most: int | None = None) -> list[bytes]:
+        """Add `data`; return the messages that are now whole. A message has at most `limit` bytes, and `most` may come at once.
 
         Raises:
-            EngineError: FRAME_TOO_LARGE.
+            EngineError: FRAME_TOO_LARGE, FRAMES_TOO_MANY.
         """
         buffer = self._buffer
         # Nearly always a message comes alone and whole.
-        if not buffer and len(data) >= LENGTH.size and LENGTH.unpack_from(data)[0] == len(data) - LENGTH.size <= MAX_FRAME_SIZE:
+        if not buffer and len(data) >= LENGTH.size and LENGTH.unpack_from(data)[0] == len(data) - LENGTH.size <= limit:
             return [data[LENGTH.size :]]
         buffer += data
-        messages = []
+        messages: list[bytes] = []
         while len(buffer) >= LENGTH.size:
             (size,) = LENGTH.unpack_from(buffer)
-            if size > MAX_FRAME_SIZE:
+            if size > limit:
                 raise EngineError("FRAME_TOO_LARGE", f"a peer announced a frame of {size} bytes")
             end = LENGTH.size + size
             if len(buffer) < end:
                 break
+            if most is not None and len(messages) == most:
+                raise EngineError("FRAMES_TOO_MANY", f"a peer sent more than {most} frames at once")
             messages.append(bytes(memoryview(buffer)[LENGTH.size : end]))
             del buffer[:end]
         return messages

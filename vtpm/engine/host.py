@@ -2,12 +2,14 @@
 
 It has imported everything once and then only forks. It never parses guest bytes and never sees a data key: those go from the
 daemon to the worker over sockets that it only passes on.
+
+It waits for nobody: what a worker does not read ends that worker, and what the daemon does not read waits until it does. What
+one of them does wrong costs that one its own; the loop goes on.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import gc
 import os
@@ -15,6 +17,7 @@ import select
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -25,10 +28,13 @@ from vtpm.engine.exits import EXIT_HIBERNATED
 from vtpm.engine.libtpms import Libtpms
 from vtpm.engine.moves import Moves
 from vtpm.engine.operations import Operations
+from vtpm.engine.outbox import Outbox, UnreadError
 from vtpm.engine.rehearsal import rehearse
 from vtpm.engine.software import ENGINES, LIBTPMS
 from vtpm.engine.v1 import link_pb2 as pb
+from vtpm.engine.validate import ViolationError
 from vtpm.engine.worker import ATTACH, CONNECT, HIBERNATE
+from vtpm.log import SourceLog
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -39,8 +45,27 @@ MAX_MESSAGE_SIZE: Final = 64 << 10
 _WORKERS_A_MESSAGE: Final = 500
 _SPARES: Final = 2
 _MAX_NICE: Final = 19
+# What is still heard of a worker that has ended: it may have given its line to somebody.
+_LAST_WORDS: Final = 4
+_CROWDED_POLL_S: Final = 0.01
+_ACCEPT_PAUSE_S: Final = 0.001
+# Before the next spare is forked, where that has failed.
+_FORK_PAUSE_S: Final = 1.0
 # An instance that is parked has its listeners and connections here.
 _DESCRIPTORS: Final = 1 << 20
+
+
+class _StandardError:
+    """Writes lines there; what nobody takes is lost."""
+
+    def error(self, text: str, **fields: object) -> None:
+        """Write one line."""
+        more = "".join(f" {name}={value}" for name, value in fields.items())
+        with contextlib.suppress(OSError):
+            sys.stderr.write(f"engine host: {text}{more}\n")
+            sys.stderr.flush()
+
+    warning = error
 
 
 class EngineHost:
@@ -56,6 +81,9 @@ class EngineHost:
         # Ends that no daemon has been told of.
         self._untold: list[pb.WorkerExited] = []
         self._daemon: socket.socket | None = None
+        self._outbox: Outbox | None = None
+        self._spares_from = 0.0
+        self._complaints = SourceLog(_StandardError())
         self._epoll = select.epoll()
         self._handlers: dict[int, Callable[[], None]] = {}
         self._requests: dict[str, Callable[[pb.HostRequest, list[int], pb.HostReply], list[int]]] = {
@@ -87,27 +115,68 @@ class EngineHost:
         # What is here now is shared by all workers: keep the collector from touching, and so copying, those pages.
         gc.collect()
         gc.freeze()
-        while self._running:
-            # A missing spare is forked once nobody waits for anything.
-            ready = self._epoll.poll(0 if self._nursery.short else -1, 64)
-            if not ready:
-                child = self._nursery.add_spare()
-                self._watch(child.pidfd, functools.partial(self._on_exit, child))
-                self._watch(child.link.fileno(), functools.partial(self._on_link, child))
+        while self._running or (self._outbox is not None and self._outbox.waiting):
+            ready = self._epoll.poll(self._patience_s(), 64)
+            if self._outbox is not None and self._outbox.crowded:
+                self._flush()
+            if not ready and self._nursery.short and time.monotonic() >= self._spares_from:
+                self._add_spare()
             for fd, _event in ready:
                 handler = self._handlers.get(fd)
                 if handler is not None:
-                    handler()
+                    self._handle(fd, handler)
+
+    def _patience_s(self) -> float:
+        """How long the loop may wait: a missing spare is forked once nobody waits for anything."""
+        if self._outbox is not None and self._outbox.crowded:
+            return _CROWDED_POLL_S
+        if not self._running or not self._nursery.short:
+            return -1
+        return max(0.0, self._spares_from - time.monotonic())
+
+    def _add_spare(self) -> None:
+        try:
+            child = self._nursery.add_spare()
+        except OSError as error:
+            self._spares_from = time.monotonic() + _FORK_PAUSE_S
+            self._complain("spare", f"no worker could be forked ahead: {error}")
+            return
+        self._welcome(child)
+
+    def _welcome(self, child: Child) -> None:
+        self._watch(child.pidfd, functools.partial(self._on_exit, child))
+        self._watch(child.link.fileno(), functools.partial(self._on_link, child))
+
+    def _handle(self, fd: int, handler: Callable[[], None]) -> None:
+        try:
+            handler()
+        except Exception as error:  # noqa: BLE001  # it is about one worker or the daemon; the others are served on
+            self._complain("handler", f"an event could not be served: {type(error).__name__}: {error}")
+            if self._daemon is not None and fd == self._daemon.fileno():
+                self._drop_daemon()
+            elif fd not in (self._listener.fileno(), self._moves.parking.fileno()):
+                # It would be told of again and again.
+                self._unwatch(fd)
+
+    def _complain(self, source: str, text: str) -> None:
+        """Write a line to the log of this process, if there were not too many about that."""
+        self._complaints.error(source, text)
 
     # ---- the daemon ------------------------------------------------------------------------------------------------------
 
     def _accept(self) -> None:
-        connection, _ = self._listener.accept()
+        try:
+            connection, _ = self._listener.accept()
+        except OSError as error:
+            self._complain("accept", f"a daemon could not connect: {error}")
+            # There may be no descriptor left; without a pause it would be tried without end.
+            time.sleep(_ACCEPT_PAUSE_S)
+            return
         # The lock on the state directory makes a second live daemon impossible: a new connection is the successor.
         if self._daemon is not None:
             self._drop_daemon()
-        connection.settimeout(5)
-        self._daemon = connection
+        connection.setblocking(False)
+        self._daemon, self._outbox = connection, Outbox(connection)
         self._watch(connection.fileno(), self._on_daemon)
 
     def _drop_daemon(self) -> None:
@@ -115,6 +184,9 @@ class EngineHost:
             self._unwatch(self._daemon.fileno())
             self._daemon.close()
             self._daemon = None
+        if self._outbox is not None:
+            self._outbox.close()
+            self._outbox = None
         self._moves.dismiss_all()
         self._end_if_idle()
 
@@ -125,26 +197,41 @@ class EngineHost:
 
     def _on_daemon(self) -> None:
         assert self._daemon is not None
+        if self._outbox is not None and self._outbox.waiting:
+            self._flush()
+        if self._daemon is None:
+            return
         fds: list[int] = []
         try:
             data, fds = descriptors.receive(self._daemon, MAX_MESSAGE_SIZE)
+        except BlockingIOError:
+            return
         except OSError:
             data = b""
         if not data:
+            descriptors.close_all(fds)
             self._drop_daemon()
             return
-        request = pb.HostRequest.FromString(data)
-        reply = pb.HostReply(id=request.id)
+        self._serve(data, fds)
+
+    def _serve(self, data: bytes, fds: list[int]) -> None:
+        """Serve a request of the daemon, whose descriptors are closed then."""
+        reply = pb.HostReply()
         out: list[int] = []
         try:
+            request = pb.HostRequest.FromString(data)
+            reply.id = request.id
             out = self._requests[request.WhichOneof("body") or ""](request, fds, reply)
-        except (KeyError, OSError, ValueError) as error:
-            reply = pb.HostReply(id=request.id, error=f"{type(error).__name__}: {error}")
+        except Exception as error:  # noqa: BLE001  # whatever is wrong with a request: the answer says so, and all runs on
+            if not isinstance(error, (KeyError, OSError, ValueError)):
+                self._complain("request", f"a request could not be served: {type(error).__name__}: {error}")
+            reply = pb.HostReply(id=reply.id, error=f"{type(error).__name__}: {error}")
         finally:
             for fd in fds:
                 with contextlib.suppress(OSError):
                     os.close(fd)
-        self.send(reply, out)
+        if reply.id:
+            self.send(reply, out)
 
     @property
     def connected(self) -> bool:
@@ -153,22 +240,33 @@ class EngineHost:
 
     def send(self, reply: pb.HostReply, fds: list[int] | None = None) -> None:
         """Tell the daemon, if there is one."""
-        if self._daemon is None:
+        if self._outbox is None:
             return
-        message = reply.SerializeToString()
+        waited = self._outbox.waiting
         try:
-            if fds:
-                try:
-                    socket.send_fds(self._daemon, [message], fds)
-                except OSError as error:
-                    if error.errno != errno.ETOOMANYREFS or reply.id:
-                        raise
-                    # Too many are on their way: the daemon goes without copies of these.
-                    self._daemon.sendall(message)
-            else:
-                self._daemon.sendall(message)
+            # Nobody waits for the descriptors of a worker that has ended: they are copies.
+            self._outbox.send(reply.SerializeToString(), fds or (), optional=not reply.id)
+        except (OSError, UnreadError):
+            self._drop_daemon()
+            return
+        if self._outbox.waiting and not waited:
+            self._listen_for_room(wanted=True)
+
+    def _flush(self) -> None:
+        assert self._outbox is not None
+        try:
+            self._outbox.flush()
         except OSError:
             self._drop_daemon()
+            return
+        self._listen_for_room(wanted=self._outbox.waiting)
+
+    def _listen_for_room(self, *, wanted: bool) -> None:
+        """Whether the loop is told when the daemon has room for more."""
+        assert self._daemon is not None
+        # Where only time helps there is room all the while.
+        wanted = wanted and self._outbox is not None and not self._outbox.crowded
+        self._epoll.modify(self._daemon.fileno(), select.EPOLLIN | (select.EPOLLOUT if wanted else 0))
 
     def _hello(self, request: pb.HostRequest, _fds: list[int], reply: pb.HostReply) -> list[int]:
         reply.hello.protocol, reply.hello.version = PROTOCOL, __version__
@@ -217,31 +315,43 @@ class EngineHost:
         while True:
             child, fresh = self._nursery.take(order)
             if fresh:
-                self._watch(child.pidfd, functools.partial(self._on_exit, child))
-                self._watch(child.link.fileno(), functools.partial(self._on_link, child))
+                self._welcome(child)
             try:
                 if order.nice:
                     os.setpriority(os.PRIO_PROCESS, child.pid, min(order.nice, _MAX_NICE))
                 child.take_over(roles, fds, zeros)
             except OSError:
-                # A spare that has died meanwhile: its end is told of by its descriptor.
+                # A spare that has died meanwhile, or as good as: its end is told of by its descriptor.
                 child.instance = ""
+                child.kill()
                 if fresh:
                     raise
                 continue
             return child
 
     def _on_link(self, child: Child) -> None:
-        if not child.listen():
+        if not self._listen(child):
             self._unwatch(child.link.fileno())
         elif child.left is not None:
             # It has hibernated. Whoever waits for that does not wait for its memory to be given back, and from here on it can't
             # run anything, whatever it is (invariant 3).
-            signal.pidfd_send_signal(child.pidfd, signal.SIGKILL)
+            child.kill()
             left, child.left = child.left, None
             child.settle()
             self._tell_end(child, EXIT_HIBERNATED, left)
             child.instance = ""
+
+    def _listen(self, child: Child) -> bool:
+        """Take one message of a worker; False if there is none, or it must not be heard any more."""
+        if child.misbehaved:
+            return False
+        try:
+            return child.listen()
+        except ViolationError as violation:
+            child.misbehaved = str(violation)
+            child.kill()
+            self._complain(f"worker {child.pid}", f"worker {child.pid} of {child.instance or 'nobody'} was ended: {violation}")
+            return False
 
     def _on_exit(self, child: Child) -> None:
         self._unwatch(child.pidfd)
@@ -249,8 +359,9 @@ class EngineHost:
         _, wait_status = os.waitpid(child.pid, 0)
         self._nursery.lost(child)
         self._moves.lost(child)
-        while child.listen():
-            pass
+        for _ in range(_LAST_WORDS):
+            if not self._listen(child):
+                break
         self._unwatch(child.link.fileno())
         crashpoints.crash_point("host.after_exit")
         child.link.close()
@@ -269,6 +380,7 @@ class EngineHost:
     def _tell_end(self, child: Child, status: int, parked: tuple[pb.ParkedInstance, list[int]] | None) -> None:
         """A worker is not its instance's any more; `parked` is what stays of that here."""
         exited = pb.WorkerExited(instance=child.instance, epoch=child.epoch, pid=child.pid, status=status)
+        exited.misbehaved = child.misbehaved
         del self.children[child.instance]
         if parked is not None:
             try:
@@ -292,7 +404,7 @@ class EngineHost:
         if len(fds) != 2:
             raise ValueError("wrong number of descriptors")
         crashpoints.crash_point("host.before_attach")
-        socket.send_fds(child.link, [ATTACH], fds)
+        child.send(ATTACH, fds)
         crashpoints.crash_point("host.after_attach")
         reply.pid = child.pid
         return []
@@ -301,19 +413,20 @@ class EngineHost:
         child = self.children[request.connect.instance]
         if len(fds) != 1:
             raise ValueError("wrong number of descriptors")
-        socket.send_fds(child.link, [CONNECT], fds)
+        child.send(CONNECT, fds)
         return []
 
     def _hibernate_all(self, _request: pb.HostRequest, _fds: list[int], _reply: pb.HostReply) -> list[int]:
         for child in self.children.values():
             with contextlib.suppress(OSError):
-                child.link.send(HIBERNATE)
+                child.send(HIBERNATE)
         return []
 
     def _kill(self, request: pb.HostRequest, _fds: list[int], reply: pb.HostReply) -> list[int]:
-        child = self.children.get(request.kill.instance)
+        order = request.kill
+        child = self.children.get(order.instance) if order.instance else self._moves.stocked(order.pid)
         if child is not None:
-            signal.pidfd_send_signal(child.pidfd, signal.SIGKILL)
+            child.kill()
         return []
 
     def _quit(self, request: pb.HostRequest, _fds: list[int], reply: pb.HostReply) -> list[int]:

@@ -12,7 +12,7 @@ from vtpm.tpm.credential import Credential
 from vtpm.tpm.keys import KeyAlgorithm, ObjectAttribute, parse_public
 from vtpm.tpm.nv import NvEntry
 
-# Sends a request to the worker of a TPM and returns its reply (vtpm.engine.link.WorkerLink.request).
+# Sends a request to the worker of a TPM and returns its reply (vtpm.engine.worker_link.WorkerLink.request).
 Request = Callable[[pb.WorkerRequest], Awaitable[pb.WorkerReply]]
 
 GUEST_AK: Final = "GUEST_AK"

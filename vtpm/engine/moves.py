@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import socket
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
@@ -65,6 +64,10 @@ class Moves:
         """A worker has ended; it may have been a stocked one."""
         self._stocked.pop(child.pid, None)
 
+    def stocked(self, pid: int) -> Child | None:
+        """The stocked worker of that process id, if it is one."""
+        return self._stocked.get(pid)
+
     def _on_wake(self, about: pb.ParkedInstance) -> None:
         # Without a daemon the next one finds it in the answer to its Hello.
         if not self._host.connected:
@@ -85,6 +88,7 @@ class Moves:
             child.take_over(about.roles, parked, about.zeros)
         except OSError:
             child.instance = ""
+            child.kill()
             about.woken = True
             self.parking.add(about, parked)
             return False
@@ -167,7 +171,7 @@ class Moves:
         if child is not None and child.moving is not None:
             # It was given the instance when that woke, and will never get its state.
             child.settle()
-            signal.pidfd_send_signal(child.pidfd, signal.SIGKILL)
+            child.kill()
             del self._host.children[instance]
             child.instance = ""
         return []

@@ -20,8 +20,11 @@ from vtpm.engine.v1 import link_pb2 as pb
 from vtpm.errors import EngineError, ErrorKind
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
     from vtpm.engine.committer import Committer
     from vtpm.engine.link import HostLink
+    from vtpm.engine.validate import ViolationError
 
 log: Final = structlog.get_logger("vtpm.engine")
 
@@ -29,6 +32,8 @@ log: Final = structlog.get_logger("vtpm.engine")
 FIRST_REPLACEABLE: Final = 3
 _TIMEOUT_S: Final = 30.0
 _POLL_S: Final = 0.05
+# Kept, as the event loop itself does not keep its tasks.
+_ending: Final[set[asyncio.Task[None]]] = set()
 
 
 async def empty(host: HostLink, committer: Committer, hello: pb.HelloReply) -> list[tuple[pb.ParkedInstance, list[int]]]:
@@ -81,7 +86,21 @@ async def _give_daemon(host: HostLink, committer: Committer, worker: pb.RunningW
             # It has ended meanwhile.
             commits.close()
             return
-    committer.add(uuid.UUID(worker.instance.partition("/")[0]), worker.epoch, commits)
+    loop = asyncio.get_running_loop()
+
+    def end_it(violation: ViolationError) -> None:
+        log.error("engine.worker_misbehaved", instance=worker.instance, violation=violation.code, message=violation.text)
+        kill = host.request(pb.HostRequest(kill=pb.Kill(instance=worker.instance)))
+        _ending.add(task := loop.create_task(_ended_somehow(kill)))
+        task.add_done_callback(_ending.discard)
+
+    instance = uuid.UUID(worker.instance.partition("/")[0])
+    committer.add(instance, worker.epoch, commits, lambda violation: loop.call_soon_threadsafe(end_it, violation))
+
+
+async def _ended_somehow(kill: Awaitable[object]) -> None:
+    with contextlib.suppress(EngineError):
+        await kill
 
 
 async def _ended(pid: int) -> None:

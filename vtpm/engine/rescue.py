@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import os
 import uuid
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Collection, Iterator, Mapping, Sequence
 from typing import Final, Protocol
 
 import structlog
@@ -104,20 +104,37 @@ class Rescue:
         async with self._turn:
             # First those that do not wait for the store.
             for key, events in homeless.items():
-                if key in self._belt and await self._adopted(key, events):
-                    housed += 1
+                if key in self._belt:
+                    housed += await self._survived(key, events, self._adopted(key, events))
             for key, events in thawing.items():
-                copies = self._belt.get(key)
-                if copies is None:
-                    continue
-                if not await self._reserved(copies.about):
-                    self._belt.drop(key)
-                    events.ended(uuid.UUID(key[0]), key[1], host_loss(key[0]))
-                elif await self._adopted(key, events):
-                    # Whoever was waking it may try again.
-                    housed += 1
-                    events.hibernated(to_parked(copies.about))
+                housed += await self._survived(key, events, self._goes_on(key, events))
         log.info("engine.rehoused", instances=housed, of=len(homeless) + len(thawing))
+
+    async def _goes_on(self, key: Key, events: EngineEvents) -> bool:
+        """Whether an instance that was being thawed has an engine host again."""
+        copies = self._belt.get(key)
+        if copies is None:
+            return False
+        if not await self._reserved(copies.about):
+            self._belt.drop(key)
+            events.ended(uuid.UUID(key[0]), key[1], host_loss(key[0]))
+            return False
+        if not await self._adopted(key, events):
+            return False
+        # Whoever was waking it may try again.
+        events.hibernated(to_parked(copies.about))
+        return True
+
+    async def _survived(self, key: Key, events: EngineEvents, step: Awaitable[bool]) -> bool:
+        """Do something for one instance; if it fails in whatever way, that instance is given up and no other."""
+        try:
+            return await step
+        except Exception as error:  # noqa: BLE001  # the others wait for their turn
+            log.error("engine.rehousing_failed", instance=key[0], reason="INTERNAL", error=type(error).__name__)
+            self._parked.pop(key, None)
+            self._belt.drop(key)
+            events.parking_lost(uuid.UUID(key[0]), key[1])
+            return False
 
     async def _reserved(self, about: pb.ParkedInstance) -> bool:
         token = os.urandom(TOKEN_SIZE)
@@ -224,8 +241,15 @@ class Rescue:
         except EngineError as error:
             # It has died, or is of a version that gives no copies: those instances go without.
             log.warning("engine.copies_not_fetched", reason=error.reason, error=error.message)
+        except Exception as error:  # noqa: BLE001  # those that were not fetched go without
+            log.error("engine.copies_not_fetched", reason="INTERNAL", error=type(error).__name__)
 
     def _take(self, parked: Sequence[pb.ParkedInstance], fds: list[int]) -> None:
+        if sum(len(about.roles) for about in parked) != len(fds):
+            # This process has no room for more; whose is whose nobody knows.
+            log.warning("engine.copies_not_fetched", reason="DESCRIPTORS_MISSING", got=len(fds))
+            descriptors.close_all(fds)
+            return
         for about in parked:
             mine, fds = fds[: len(about.roles)], fds[len(about.roles) :]
             key = about.instance, about.epoch

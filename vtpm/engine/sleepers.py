@@ -13,18 +13,21 @@ from vtpm.engine.belt import Belt
 from vtpm.engine.committer import Committer
 from vtpm.engine.interface import EngineEvents, Listeners, Parked, Thaw
 from vtpm.engine.limits import InstanceLimits
-from vtpm.engine.link import HostLink, WorkerLink
+from vtpm.engine.link import HostLink
 from vtpm.engine.pairs import SocketPairs
 from vtpm.engine.rescue import Judge, Rescue, to_parked
 from vtpm.engine.software import LIBTPMS
 from vtpm.engine.stock import Stock
 from vtpm.engine.v1 import link_pb2 as pb
+from vtpm.engine.worker_link import WorkerLink
 from vtpm.errors import EngineError
 
 # How often a thaw tries to have its instance given to a worker, while workers die.
 _HAND_OVERS: Final = 50
 _HAND_OVER_RETRY_S: Final = 0.01
 _REFILL_S: Final = 0.1
+# More than one host has instances: what an engine host tells of others is not kept.
+_MAX_GIVEN: Final = 1 << 16
 
 
 class Fleet(Protocol):
@@ -70,7 +73,7 @@ class Sleepers:
         self.found: list[pb.ParkedInstance] = []
         # Who hears of instances that nobody has claimed yet.
         self.unclaimed: EngineEvents | None = None
-        self.stock = Stock(committer, fleet.ask_host)
+        self.stock = Stock(committer, fleet.ask_host, store_timeout_s=commit_timeout_s)
         # Stocked workers, by process id, that the engine host has given an instance that woke.
         self._given: dict[tuple[str, int], int] = {}
         self._dead: set[int] = set()
@@ -92,7 +95,7 @@ class Sleepers:
     def on_wake(self, wake: pb.Wake) -> None:
         """See HostEvents."""
         key = wake.instance, wake.epoch
-        if wake.pid:
+        if wake.pid and len(self._given) < _MAX_GIVEN:
             self._given[key] = wake.pid
         events = self._parked.get(key, self.unclaimed)
         if events is not None:
@@ -108,8 +111,9 @@ class Sleepers:
         key = exited.instance, exited.epoch
         if key in self._parked or self._given.get(key) == exited.pid:
             # A stocked worker that died with the instance it was given, before anybody here asked it for anything.
-            self._dead.add(exited.pid)
-        elif exited.HasField("parked"):
+            if len(self._dead) < _MAX_GIVEN:
+                self._dead.add(exited.pid)
+        elif exited.HasField("parked") and len(self.found) < _MAX_GIVEN:
             # It ran on without a daemon, and hibernated before this one took it over.
             self.found.append(exited.parked)
         else:
@@ -225,9 +229,8 @@ class Sleepers:
         with SocketPairs() as pairs:
             request = pb.HostRequest(thaw=pb.Thaw(instance=str(order.instance)))
             pid = (await self._fleet.ask_host(request, pairs.worker_ends)).pid
-            channel = self._committer.add(order.instance, order.epoch, pairs.commits)
-            link = await WorkerLink.open(order.instance, pairs.operations)
-            link.commits = channel
+            link = await WorkerLink.open(order.instance, pairs.operations, self._commit_timeout_s)
+            link.commits = self._committer.add(order.instance, order.epoch, pairs.commits, link.misbehaved_elsewhere)
             return pid, link
 
     async def park(self, engine: str, parked: Parked, listeners: Listeners, events: EngineEvents) -> None:

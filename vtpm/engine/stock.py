@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import socket
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
@@ -12,11 +13,14 @@ from typing import Final
 import structlog
 
 from vtpm.engine.committer import Channel, Committer
-from vtpm.engine.link import WorkerLink
 from vtpm.engine.v1 import link_pb2 as pb
+from vtpm.engine.validate import ViolationError
+from vtpm.engine.worker_link import WorkerLink
 from vtpm.errors import VtpmError
+from vtpm.log import SourceLog
 
 log: Final = structlog.get_logger("vtpm.engine")
+_lines: Final = SourceLog(log)
 
 _WANTED: Final = 4
 # A fork would take the core from a guest that waits for its TPM.
@@ -38,9 +42,11 @@ class Ready:
 class Stock:
     """Keeps some of them. `request` asks the engine host. Used from the event loop only."""
 
-    def __init__(self, committer: Committer, request: Request) -> None:
+    def __init__(self, committer: Committer, request: Request, *, store_timeout_s: float) -> None:
         self._committer = committer
         self._request = request
+        self._store_timeout_s = store_timeout_s
+        self._ending: set[asyncio.Task[None]] = set()
         self._ready: dict[int, Ready] = {}
         self._filling: asyncio.Task[None] | None = None
         self._open = True
@@ -66,12 +72,26 @@ class Stock:
                 fds = [theirs.fileno(), also_theirs.fileno()]
                 pid = (await self._request(pb.HostRequest(stock=pb.Stock()), fds)).pid
             nobody = uuid.UUID(int=0)
-            link = await WorkerLink.open(nobody, operations)
+            link = await WorkerLink.open(nobody, operations, self._store_timeout_s)
         except BaseException:
             operations.close()
             commits.close()
             raise
-        self._keep(Ready(pid, link, self._committer.add(nobody, 0, commits)))
+        link.on_violation = functools.partial(self._misbehaved, pid)
+        self._keep(Ready(pid, link, self._committer.add(nobody, 0, commits, link.misbehaved_elsewhere)))
+
+    def _misbehaved(self, pid: int, violation: ViolationError) -> None:
+        """One that has no instance yet has sent what no worker sends."""
+        _lines.error("stock", "engine.worker_misbehaved", pid=pid, violation=violation.code, message=violation.text)
+        task = asyncio.get_running_loop().create_task(self._kill(pid))
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
+
+    async def _kill(self, pid: int) -> None:
+        try:
+            await self._request(pb.HostRequest(kill=pb.Kill(pid=pid)), ())
+        except VtpmError as error:
+            _lines.warning("stock", "engine.stock_failed", error=error.reason)
 
     def take(self, pid: int = 0) -> Ready | None:
         """Return a stocked worker, that of a process id or any; None if there is none. Another takes its place."""

@@ -86,6 +86,8 @@ class Worker:
         self._hibernation = Hibernation(tpm, self._durable, self._channels, self._platform, self, host)
         self._duties = Duties(tpm, operations, self._durable, self._channels, self, self._hibernation)
         self.imported = False
+        # The daemon was told of that, and has not looked at the keys since.
+        self._import_told = False
         # What tells that the TPM's program has ended, if the TPM is one.
         self._lifeline = -1
         # Whether the service sent TPM2_Startup; then it sends TPM2_Shutdown too, so that the TPM goes down orderly.
@@ -314,9 +316,15 @@ class Worker:
         """See Power."""
         self._durable.commit()
         self.imported = True
-        reply = pb.WorkerReply()
-        reply.imported.SetInParent()
-        self._tell(reply)
+        if not self._import_told:
+            self._import_told = True
+            reply = pb.WorkerReply()
+            reply.imported.SetInParent()
+            self._tell(reply)
+
+    def keys_told(self) -> None:
+        """See vtpm.engine.duties.Power."""
+        self._import_told = False
 
     def _nv_written(self) -> None:
         if self._duties.provisioning.concerns_report():

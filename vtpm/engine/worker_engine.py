@@ -18,9 +18,9 @@ from vtpm.engine.interface import (
     Recovered,
     Thaw,
 )
-from vtpm.engine.link import WorkerLink
 from vtpm.engine.software import LIBTPMS, TPM_SERVER
 from vtpm.engine.v1 import link_pb2 as pb
+from vtpm.engine.worker_link import WorkerLink
 from vtpm.engine.workers import Workers
 from vtpm.errors import EngineError, ErrorKind
 from vtpm.store.model import ProfileRecord, SealedState

@@ -7,7 +7,7 @@ import functools
 import signal
 import socket
 import uuid
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -34,18 +34,25 @@ from vtpm.engine.interface import (
     Recovered,
 )
 from vtpm.engine.limits import InstanceLimits
-from vtpm.engine.link import HostLink, WorkerLink
+from vtpm.engine.link import HostLink
 from vtpm.engine.pairs import SocketPairs
 from vtpm.engine.replacement import FIRST_REPLACEABLE, empty
 from vtpm.engine.rescue import Judge, host_loss
 from vtpm.engine.sleepers import Sleepers
 from vtpm.engine.software import LIBTPMS
 from vtpm.engine.v1 import link_pb2 as pb
+from vtpm.engine.validate import ViolationError
+from vtpm.engine.worker_link import MISBEHAVED_REMEDY, WorkerLink
 from vtpm.errors import EngineError, ErrorKind, VtpmError
+from vtpm.log import SourceLog
 from vtpm.store.model import ProfileRecord, SealedState
 
 log: Final = structlog.get_logger("vtpm.engine")
+_lines: Final = SourceLog(log)
 
+# A worker that says that it has stopped ends at once.
+_END_TIMEOUT_S: Final = 2.0
+_MAKERS: Final = 2
 _RESET: Final = "reset the instance together with its VM: vtpm instance reset {}"
 
 
@@ -82,6 +89,7 @@ class Workers:
         )
         self._stopping: set[tuple[str, int]] = set()
         self._exits: dict[tuple[str, int], asyncio.Future[int]] = {}
+        self._ending: set[asyncio.Task[None]] = set()
         self._engines: Sequence[str] = ()
         self.libtpms_version = ""
         self.host_pid = 0
@@ -105,6 +113,8 @@ class Workers:
                 adopted.append(await self._adopt(worker, events))
             except VtpmError as error:
                 log.error("engine.adopt_failed", instance=worker.instance, reason=error.reason)
+            except Exception as error:  # noqa: BLE001  # the others are adopted all the same
+                log.error("engine.adopt_failed", instance=worker.instance, reason="INTERNAL", error=type(error).__name__)
         parked = await self.sleepers.claim(engine, events, {worker.instance for worker in self._found})
         powered_off = {(uuid.UUID(item.instance), item.epoch) for item in self._ended if item.status == EXIT_POWERED_OFF}
         return Recovered(adopted, frozenset(powered_off), parked)
@@ -128,7 +138,7 @@ class Workers:
         for worker in running:
             if "/" in worker.instance:
                 # It was making a TPM for a daemon that is gone: nobody has it, and nobody will ask for it.
-                await (await self._linked()).request(pb.HostRequest(kill=pb.Kill(instance=worker.instance)))
+                self._kill(worker.instance)
         self.sleepers.found = [item for reply, _ in replies for item in reply.hello.parked]
         self._ended = [exited for reply, _ in replies for exited in reply.hello.exited if "/" not in exited.instance]
         log.info("engine.host_connected", pid=hello.pid, workers=len(self._found), hibernated=len(self.sleepers.found))
@@ -216,10 +226,20 @@ class Workers:
         if waiter is not None and not waiter.done():
             waiter.set_result(exited.status)
         if key not in self.links:
-            if not self.sleepers.took(exited) and "/" not in exited.instance:
+            if not self.sleepers.took(exited) and any((worker.instance, worker.epoch) == key for worker in self._found):
+                # Before it was taken over.
                 self._ended.append(exited)
             return
+        if exited.misbehaved and self.links[key][0].violation is None:
+            self.links[key][0].misbehaved(ViolationError(*_code_and_text(exited.misbehaved)))
+        violation = self.links[key][0].violation
         match exited.status:
+            case _ if violation is not None and key not in self._stopping:
+                if exited.HasField("parked"):
+                    self._later(self._ask_quietly(pb.HostRequest(forget=pb.Forget(instance=exited.instance))))
+                message = f"the worker broke the protocol ({violation.code}: {violation.text}) and was ended; "
+                message += "the TPM's volatile state is lost"
+                self._report(*key, "WORKER_MISBEHAVED", message, MISBEHAVED_REMEDY.format(exited.instance))
             case _ if exited.HasField("parked"):
                 # Hibernated, or dead before it went on from a snapshot.
                 _, events = self.links[key]
@@ -257,6 +277,29 @@ class Workers:
         link, _ = self.links.pop(key)
         link.close()
 
+    # ---- what no worker sends --------------------------------------------------------------------------------------------
+
+    def _misbehaved(self, name: str, violation: ViolationError) -> None:
+        """End the worker of that name, which has sent what none sends; its end says what becomes of its instance."""
+        _lines.error(name, "engine.worker_misbehaved", instance=name, violation=violation.code, message=violation.text)
+        self._kill(name)
+
+    def _kill(self, name: str) -> None:
+        self._later(self._ask_quietly(pb.HostRequest(kill=pb.Kill(instance=name))))
+
+    async def _ask_quietly(self, request: pb.HostRequest) -> None:
+        try:
+            # Of an engine host that is gone nothing is wanted.
+            if self._host is not None:
+                await self._host.request(request)
+        except EngineError as error:
+            _lines.warning("host", "engine.host_request_failed", reason=error.reason, request=request.WhichOneof("body"))
+
+    def _later(self, action: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(action)
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
+
     # ---- workers ---------------------------------------------------------------------------------------------------------
 
     async def _adopt(self, worker: pb.RunningWorker, events: EngineEvents) -> Adopted:
@@ -264,7 +307,7 @@ class Workers:
         key = worker.instance, worker.epoch
         host = await self.live_host()
         with SocketPairs() as pairs:
-            link = await WorkerLink.open(instance, pairs.operations)
+            link = await WorkerLink.open(instance, pairs.operations, self._commit_timeout_s)
             # Before it hears of this daemon: it may wait for one only to hibernate, and then it is gone at once.
             self.take_on(link, key, events)
             try:
@@ -274,7 +317,7 @@ class Workers:
                     self._forget(key)
                     raise
                 # It has ended meanwhile, and `events` were told how.
-            link.commits = self._committer.add(instance, worker.epoch, pairs.commits)
+            link.commits = self._committer.add(instance, worker.epoch, pairs.commits, link.misbehaved_elsewhere)
         return Adopted(instance, worker.epoch, link)
 
     def take_on(self, link: WorkerLink, key: tuple[str, int], events: EngineEvents) -> None:
@@ -282,6 +325,7 @@ class Workers:
         self.links[key] = (link, events)
         link.stopper = functools.partial(self._stop_worker, link, key)
         link.attacher = functools.partial(self._attach_to, key[0])
+        link.on_violation = functools.partial(self._misbehaved, key[0])
         link.on_imported = functools.partial(events.imported, uuid.UUID(key[0]), key[1])
         link.on_identity_touched = functools.partial(events.identity_touched, uuid.UUID(key[0]), key[1])
 
@@ -303,8 +347,20 @@ class Workers:
         with SocketPairs() as pairs:
             fds = [*pairs.worker_ends, *(listener.fileno() for listener in listeners)]
             await host.request(pb.HostRequest(spawn=order), fds)
-            self._committer.add(instance, order.epoch, pairs.commits)
-            return await WorkerLink.open(instance, pairs.operations)
+            link = await WorkerLink.open(instance, pairs.operations, self._commit_timeout_s)
+            link.on_violation = functools.partial(self._misbehaved, order.instance)
+            self._committer.add(instance, order.epoch, pairs.commits, link.misbehaved_elsewhere)
+            return link
+
+    async def _end_maker(self, link: WorkerLink, name: str) -> None:
+        """End a worker that has no instance."""
+        try:
+            await asyncio.wait_for(link.ask_to_stop(), self._command_timeout_s)
+        except TimeoutError:
+            log.warning("engine.worker_killed", instance=name)
+        # It says that it has stopped; whether it has is not asked.
+        self._kill(name)
+        link.close()
 
     async def manufacture(
         self,
@@ -317,28 +373,40 @@ class Workers:
         extra_keys: Sequence[ExtraKey],
     ) -> Manufactured:
         """See Engine; `worker` says which engine, and how nice it is."""
-        # Under a name of its own: the instance may be started while this worker is still on its way out.
-        worker.instance = f"{instance}/manufacture"
-        link = await self._spawn(worker, instance, [])
+        order = pb.Manufacture(
+            data_key=data_key,
+            instance=instance.bytes,
+            ek_algorithms=profile.ek_algorithms,
+            ak_algorithm=profile.ak_algorithm,
+            pcr_banks=profile.pcr_banks,
+            hold=certify is not None,
+            extra_keys=[pb.ExtraKey(algorithm=key.algorithm, handle=key.handle) for key in extra_keys],
+        )
+        link, made = await self._made(worker, instance, order)
         try:
-            order = pb.Manufacture(
-                data_key=data_key,
-                instance=instance.bytes,
-                ek_algorithms=profile.ek_algorithms,
-                ak_algorithm=profile.ak_algorithm,
-                pcr_banks=profile.pcr_banks,
-                hold=certify is not None,
-                extra_keys=[pb.ExtraKey(algorithm=key.algorithm, handle=key.handle) for key in extra_keys],
-            )
-            made = (await link.request(pb.WorkerRequest(manufacture=order))).manufactured
             sealed = made.sealed
             if certify is not None:
                 entries = nv_entries(await certify(FreshTpm(link.request, made)))
                 provision = pb.Provision(data_key=data_key, instance=instance.bytes, entries=entries)
                 sealed = (await link.request(pb.WorkerRequest(provision=provision))).provisioned.sealed
         finally:
-            await link.stop()
+            await self._end_maker(link, worker.instance)
         return Manufactured(sealed, key_records(made.keys))
+
+    async def _made(self, worker: pb.Spawn, instance: uuid.UUID, order: pb.Manufacture) -> tuple[WorkerLink, pb.Manufactured]:
+        """Have a TPM made; by another worker, if the first one dies."""
+        for maker in range(_MAKERS):
+            # Under a name of its own: the instance may be started while this worker is still on its way out.
+            worker.instance = f"{instance}/manufacture-{maker}"
+            link = await self._spawn(worker, instance, [])
+            try:
+                return link, (await link.request(pb.WorkerRequest(manufacture=order))).manufactured
+            except BaseException as error:
+                await self._end_maker(link, worker.instance)
+                if not isinstance(error, EngineError) or error.reason != "TPM_LOST" or maker == _MAKERS - 1:
+                    raise
+                log.warning("engine.maker_lost", instance=str(instance))
+        raise AssertionError("the last attempt returns or raises")
 
     async def reprovision(
         self, worker: pb.Spawn, instance: uuid.UUID, state: SealedState, data_key: bytes, certify: Recertify
@@ -358,7 +426,7 @@ class Workers:
             provision = pb.Provision(data_key=data_key, instance=instance.bytes, entries=entries, place=place)
             sealed = (await link.request(pb.WorkerRequest(provision=provision))).provisioned.sealed
         finally:
-            await link.stop()
+            await self._end_maker(link, worker.instance)
         return SealedState(state.epoch, state.version + 1, sealed)
 
     async def power_on(self, worker: pb.Spawn, order: PowerOn, events: EngineEvents) -> WorkerLink:
@@ -394,8 +462,12 @@ class Workers:
         self._stopping.add(key)
         exited = self._exits.setdefault(key, asyncio.get_running_loop().create_future())
         try:
+            # It may still have to wait for the store.
             await asyncio.wait_for(link.ask_to_stop(), self._command_timeout_s)
+            ended, _ = await asyncio.wait((exited,), timeout=_END_TIMEOUT_S)
         except TimeoutError:
+            ended = set()
+        if not ended and key in self.links:
             log.warning("engine.worker_killed", instance=key[0], epoch=key[1])
             host = await self.live_host()
             await host.request(pb.HostRequest(kill=pb.Kill(instance=key[0])))
@@ -410,6 +482,8 @@ class Workers:
 
     async def close(self) -> None:
         """Let go of everything; once is enough for all engines."""
+        for task in self._ending:
+            task.cancel()
         for link, _ in self.links.values():
             link.close()
         self.links.clear()
@@ -417,3 +491,8 @@ class Workers:
         if self._host is not None:
             self._host.close()
             self._host = None
+
+
+def _code_and_text(misbehaved: str) -> tuple[str, str]:
+    code, _, text = misbehaved.partition(": ")
+    return code, text

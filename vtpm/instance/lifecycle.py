@@ -29,6 +29,7 @@ from vtpm.errors import (
     FailedPreconditionError,
     NotFoundError,
     SealedStateError,
+    StoreError,
     VtpmError,
 )
 from vtpm.instance.keeper import IdentityKeeper
@@ -37,6 +38,7 @@ from vtpm.instance.running import Running
 from vtpm.instance.sockets import InstanceSockets
 from vtpm.instance.thaws import Thaws
 from vtpm.instance.watch import ChangeHub
+from vtpm.log import SourceLog
 from vtpm.seal.keys import KeyProvider
 from vtpm.store.macs import MESSAGE, REASON, mismatch, remedy
 from vtpm.store.model import Failure, InstanceRecord, InstanceState
@@ -45,6 +47,7 @@ from vtpm.store.snapshots import SnapshotRow
 from vtpm.store.store import Store
 
 log: Final = structlog.get_logger("vtpm.instance")
+_lines: Final = SourceLog(log)
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -52,6 +55,10 @@ _FAILURE_RETRY_S: Final = 1.0
 _END_TIMEOUT_S: Final = 5.0
 _STATUS_TIMEOUT_S: Final = 2.0
 _GOING_S: Final = 0.05
+# How long a daemon that begins waits for the workers that it takes over.
+_ADOPT_TIMEOUT_S: Final = 5.0
+_AGAIN_S: Final = 0.5
+_MAX_EARLY: Final = 64
 
 
 class Lifecycle:
@@ -155,12 +162,13 @@ class Lifecycle:
     async def recover(self) -> None:
         """Take over what ran on without a daemon, and put into order what did not."""
         powered_off: set[tuple[uuid.UUID, int]] = set()
+        taken: set[uuid.UUID] = set()
+        looks: list[asyncio.Task[None]] = []
         # An engine host that is replaced at the start of an engine hibernates what runs in it: the store is read after that.
         started = [(engine, await engine.start(self)) for engine in self.engines.values()]
-        snapshots = await self.blocking(self.store.snapshots.all)
+        rows = await self.blocking(self.store.snapshots.all)
         # What is not as the service wrote it is not gone on from: a snapshot's row says whether somebody has (invariant 2).
-        refused = {key for key, row in snapshots.items() if row.refused}
-        snapshots = {key: row for key, row in snapshots.items() if not row.refused}
+        snapshots = {key: row for key, row in rows.items() if not row.refused}
         owned = {record.id: record for record in await self.blocking(self.store.owned)}
         for engine, found in started:
             powered_off |= found.powered_off
@@ -169,32 +177,46 @@ class Lifecycle:
                 if record is None or record.epoch != adopted.epoch:
                     # Not the owner any more (invariant 3).
                     log.warning("instance.stale_worker_stopped", instance=str(adopted.instance), epoch=adopted.epoch)
-                    await adopted.tpm.stop()
+                    self.later(self._stop_quietly(adopted.tpm))
                     continue
-                if not await self._adopt(record, adopted.tpm, snapshots.get((record.id, record.epoch))):
-                    powered_off.add((record.id, record.epoch))
+                # In the table first: it may just be about to hibernate.
+                running = self._running_of(record, adopted.tpm)
+                self.enter(running)
+                snapshot = rows.get((record.id, record.epoch))
+                looks.append(self.later(self._look_at(running, adopted.tpm, snapshot)))
+                taken.add(record.id)
             for parked in found.parked:
                 record = owned.get(parked.instance)
                 if record is None or record.epoch != parked.epoch or (record.id, record.epoch) not in snapshots:
                     log.warning("instance.stale_parking_closed", instance=str(parked.instance), epoch=parked.epoch)
-                    await engine.forget(parked.instance)
+                    self.later(self._forget_quietly(engine, parked.instance))
                     continue
                 self.thaws.enter(record, attached=parked.attached, woken=parked.woken, untouched=True)
+        if looks:
+            # A worker that is busy, or says nothing, is looked at later: nobody waits for it.
+            await asyncio.wait(looks, timeout=_ADOPT_TIMEOUT_S)
         for record in owned.values():
-            if record.id in self._running:
-                continue
-            if (record.id, record.epoch) in powered_off:
+            if record.id not in self._running and record.id not in taken:
+                snapshot = rows.get((record.id, record.epoch))
+                await self._put_in_order(record, snapshot, powered_off=(record.id, record.epoch) in powered_off)
+        self._early = None
+        self.sockets.remove_all_but(set(self._running))
+
+    async def _put_in_order(self, record: InstanceRecord, snapshot: SnapshotRow | None, *, powered_off: bool) -> None:
+        """Write down what became of an instance that was ON and that nobody runs; what goes wrong is that instance's alone."""
+        try:
+            if powered_off:
                 await self.blocking(self.store.release, record.id, record.epoch)
                 log.info("instance.powered_off_by_vm", instance=str(record.id), name=record.name)
             elif record.boot_id != self._boot_id:
                 # The host was restarted: the VM is gone too, and nothing that it could still rely on was lost.
                 await self.blocking(self.store.release, record.id, record.epoch)
                 log.info("instance.off_after_host_restart", instance=str(record.id), name=record.name)
-            elif snapshots.get((record.id, record.epoch)) == SnapshotRow(attached=False, used=False):
+            elif snapshot == SnapshotRow(attached=False, used=False):
                 # Nobody's connection was lost, and all that the TPM is was in the store.
                 await self.thaws.park_again(self.thaws.enter(record, attached=False))
-            elif (record.id, record.epoch) in refused:
-                await self.fail(record, Loss(REASON, MESSAGE, remedy("snapshots").replace("NAME", record.name)))
+            elif snapshot is not None and snapshot.refused:
+                await self.fail(record, _refused(record))
             else:
                 loss = Loss(
                     "WORKER_LOST",
@@ -202,26 +224,42 @@ class Lifecycle:
                     f"reset the instance together with its VM: vtpm instance reset {record.name}",
                 )
                 await self.fail(record, loss)
-        self._early = None
-        self.sockets.remove_all_but(set(self._running))
+        except StoreError:
+            raise
+        except Exception as error:  # noqa: BLE001  # all others are put in order too
+            reason = error.reason if isinstance(error, VtpmError) else type(error).__name__
+            log.error("instance.recovery_failed", instance=str(record.id), name=record.name, reason=reason)
+            self.leave(record)
+            loss = Loss(
+                "RECOVERY_FAILED",
+                f"what became of the TPM could not be found out ({reason})",
+                f"see the log; then reset the instance together with its VM: vtpm instance reset {record.name}",
+            )
+            self.later(self.fail(record, loss))
 
-    async def _adopt(self, record: InstanceRecord, tpm: RunningTpm, snapshot: SnapshotRow | None) -> bool:
-        """Take over a worker; `snapshot` is its instance's. False if it has nothing that it could run."""
-        # In the table first: it may just be about to hibernate.
-        running = self._running_of(record, tpm)
-        self.enter(running)
+    async def _look_at(self, running: Running, tpm: RunningTpm, snapshot: SnapshotRow | None) -> None:
+        """Find out what a worker that was taken over has; `snapshot` is its instance's."""
+        record = running.record
         try:
-            status = await running.tpm.status()
+            status = await tpm.status()
         except EngineError as error:
-            # It has ended, and `ended` has said how.
+            # It has ended, and `ended` has said how; or it does not answer, and whoever needs it finds that.
             log.warning("instance.adopt_failed", instance=str(record.id), reason=error.reason)
-            return True
+            return
+        if self._running.get(record.id) is not running:
+            return
         if not status.loaded:
             # The daemon before this one ended when the worker had no state yet.
             if snapshot is None:
                 self.leave(record)
-                await tpm.stop()
-                return False
+                await self._stop_quietly(tpm)
+                await self._powered_off(record)
+                return
+            if snapshot.refused:
+                self.leave(record)
+                await self._stop_quietly(tpm)
+                await self.fail(record, _refused(record))
+                return
             running.untouched = True
             running.tpm.fell_asleep(attached=snapshot.attached)
             self.wanted(record.id, record.epoch)
@@ -230,7 +268,6 @@ class Lifecycle:
             self.imported(record.id, record.epoch)
         if status.identity_touched:
             self.identity_touched(record.id, record.epoch)
-        return True
 
     async def close(self) -> None:
         """Let go: running TPMs run on with the engine host."""
@@ -267,7 +304,9 @@ class Lifecycle:
         """While what ran on is taken over: keep what happens to an instance until it is in the table."""
         if self._early is None or instance in self._running:
             return False
-        self._early.setdefault((instance, epoch), []).append(event)
+        events = self._early.setdefault((instance, epoch), [])
+        if len(events) < _MAX_EARLY:
+            events.append(event)
         return True
 
     def wanted(self, instance: uuid.UUID, epoch: int) -> None:
@@ -284,7 +323,7 @@ class Lifecycle:
         """See EngineEvents."""
         running = self._running.get(instance)
         if running is not None and running.record.epoch == epoch:
-            self.later(self._refresh_keys(running))
+            self._once(running, "keys", self._refresh_keys)
 
     def _running_of(self, record: InstanceRecord, tpm: RunningTpm) -> Running:
         running = self.thaws.sleeper(record, attached=False)
@@ -295,14 +334,41 @@ class Lifecycle:
         """See EngineEvents."""
         running = self._running.get(instance)
         if running is not None and running.record.epoch == epoch and self._keeper is not None:
-            self.later(self._keeper.touched(running))
+            self._once(running, "identity", self._keeper.touched)
+
+    def _once(self, running: Running, kind: str, action: Callable[[Running], Coroutine[None, None, None]]) -> None:
+        """Do something for an instance in the background; asked for meanwhile, however often, it is done once more."""
+        if kind in running.busy_with:
+            running.busy_with[kind] = True
+            return
+        running.busy_with[kind] = False
+        self.later(self._until_done(running, kind, action))
+
+    async def _until_done(self, running: Running, kind: str, action: Callable[[Running], Coroutine[None, None, None]]) -> None:
+        try:
+            while True:
+                running.busy_with[kind] = False
+                await action(running)
+                if not running.busy_with[kind] or running.gone.is_set():
+                    return
+                # Its guest makes this happen as often as it likes.
+                await asyncio.sleep(_AGAIN_S)
+        finally:
+            del running.busy_with[kind]
 
     def later(self, action: Coroutine[None, None, None]) -> asyncio.Task[None]:
         """Do something in the background, until the daemon ends."""
         task = asyncio.get_running_loop().create_task(action)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._over)
         return task
+
+    def _over(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            reason = error.reason if isinstance(error, VtpmError) else "INTERNAL"
+            what = getattr(task.get_coro(), "__qualname__", "")
+            _lines.error(what, "instance.task_failed", task=what, reason=reason, error=type(error).__name__)
 
     async def _refresh_keys(self, running: Running) -> None:
         """Write down the keys that the TPM has now; none, while they are not known."""
@@ -324,8 +390,15 @@ class Lifecycle:
         self.hub.publish("UPDATED", record)
 
     async def _forget_parked(self, record: InstanceRecord) -> None:
+        await self._forget_quietly(self.engine(record.engine), record.id)
+
+    async def _forget_quietly(self, engine: Engine, instance: uuid.UUID) -> None:
         with contextlib.suppress(EngineError):
-            await self.engine(record.engine).forget(record.id)
+            await engine.forget(instance)
+
+    async def _stop_quietly(self, tpm: RunningTpm) -> None:
+        with contextlib.suppress(EngineError):
+            await tpm.stop()
 
     async def _powered_off(self, record: InstanceRecord) -> None:
         """Write down that the VM has ended."""
@@ -523,8 +596,9 @@ class Lifecycle:
 
     async def _undo_power_on(self, owned: InstanceRecord, error: BaseException) -> None:
         self.sockets.remove(owned.id)
-        if isinstance(error, VtpmError) and error.kind in (ErrorKind.DATA_LOSS, ErrorKind.FAILED_PRECONDITION):
-            # Damage or a wrong key: nothing was overwritten, and an operator has to look (invariants 6 and 7).
+        closed = (ErrorKind.DATA_LOSS, ErrorKind.FAILED_PRECONDITION)
+        if isinstance(error, VtpmError) and (error.kind in closed or error.reason == "WORKER_MISBEHAVED"):
+            # Damage, a wrong key or a worker that is somebody else's: an operator has to look (invariants 6 and 7).
             await self.fail(owned, Loss(error.reason, error.message, error.remedy))
             return
         released = await self.blocking(self.store.release, owned.id, owned.epoch)
@@ -548,3 +622,7 @@ class Lifecycle:
 
 def _in_use(record: InstanceRecord, remedy: str) -> FailedPreconditionError:
     return FailedPreconditionError("INSTANCE_IN_USE", "a VM is attached to the instance", subject=record.name, remedy=remedy)
+
+
+def _refused(record: InstanceRecord) -> Loss:
+    return Loss(REASON, MESSAGE, remedy("snapshots").replace("NAME", record.name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Final
@@ -11,6 +12,7 @@ import structlog
 
 from vtpm.errors import VtpmError
 from vtpm.instance.model import DrainFailure, DrainProgress
+from vtpm.instance.spread import spread
 
 if TYPE_CHECKING:
     from vtpm.instance.lifecycle import Lifecycle
@@ -20,6 +22,7 @@ log: Final = structlog.get_logger("vtpm.instance")
 
 _AT_ONCE: Final = 8
 _RETRY_S: Final = 0.1
+_PATIENCE_S: Final = 10.0
 _BUSY: Final = "INSTANCE_BUSY"
 
 
@@ -42,36 +45,42 @@ class Maintenance:
         total = len(waiting)
         log.info("host.draining", instances=total)
         failures: list[DrainFailure] = []
-        while True:
-            yield DrainProgress(total, total - len(waiting) - len(failures))
-            if not waiting:
-                break
-            part, rest = waiting[:_AT_ONCE], waiting[_AT_ONCE:]
-            errors = await asyncio.gather(*(self._hibernate(running) for running in part))
-            late = time.monotonic() >= deadline
-            again = []
-            for running, error in zip(part, errors, strict=True):
-                if error is None:
-                    continue
-                if error.reason == _BUSY and not late:
-                    again.append(running)
-                else:
-                    failures.append(DrainFailure(running.record.name, error.reason, error.message))
-            waiting = rest + again
-            if again and len(waiting) == len(again):
-                await asyncio.sleep(_RETRY_S)
+        done = 0
+        yield DrainProgress(total, 0)
+        hibernate = functools.partial(self._hibernated, deadline=deadline)
+        async for failure in spread(waiting, hibernate, at_once=_AT_ONCE):
+            if failure is not None:
+                failures.append(failure)
+            else:
+                done += 1
+            yield DrainProgress(total, done)
         if self.anchor is not None:
             await self.anchor()
         log.info("host.drained", instances=total - len(failures), awake=len(failures))
         yield DrainProgress(total, total - len(failures), tuple(failures))
 
-    async def _hibernate(self, running: Running) -> VtpmError | None:
-        try:
-            await running.tpm.hibernate()
-        except VtpmError as error:
-            # One that ended meanwhile is not awake either.
-            return None if running.gone.is_set() else error
-        return None
+    async def _hibernated(self, running: Running, deadline: float) -> DrainFailure | None:
+        """Hibernate one instance, again and again until `deadline` while it is busy; return why it stayed awake."""
+        name = running.record.name
+        while True:
+            # The worker may be in the midst of a commit; one that says nothing at all is not waited for any longer.
+            left = max(0.0, deadline - time.monotonic()) + _PATIENCE_S
+            try:
+                await asyncio.wait_for(running.tpm.hibernate(), left)
+            except VtpmError as error:
+                # One that ended meanwhile is not awake either.
+                if running.gone.is_set():
+                    return None
+                if error.reason != _BUSY or time.monotonic() >= deadline:
+                    return DrainFailure(name, error.reason, error.message)
+            except TimeoutError:
+                return DrainFailure(name, "WORKER_TIMEOUT", "its worker does not answer")
+            except Exception as error:  # noqa: BLE001  # it is one instance's
+                log.error("host.drain_failed", instance=str(running.record.id), error=type(error).__name__)
+                return DrainFailure(name, "INTERNAL", "it could not be hibernated; see the log")
+            else:
+                return None
+            await asyncio.sleep(_RETRY_S)
 
     def resume(self) -> None:
         """Let instances start and wake again."""

@@ -54,6 +54,7 @@ from vtpm.tpm.ptm import ControlCommand
 log: Final = structlog.get_logger("vtpm.instance")
 
 _PAGE_SIZE: Final = 500
+_COUNTS_TIMEOUT_S: Final = 5.0
 
 
 class InstanceManager:
@@ -366,8 +367,10 @@ class InstanceManager:
 
     async def drain_command_counts(self) -> Sequence[pb.OrdinalCount]:
         """Return and clear the command counts of every running TPM."""
+        awake = [running for running in self._lifecycle.all_running() if not running.tpm.asleep]
         statuses = await asyncio.gather(
-            *(running.tpm.status(counts=True) for running in self._lifecycle.all_running() if not running.tpm.asleep),
+            # Whoever is busy for longer is counted another time.
+            *(asyncio.wait_for(running.tpm.status(counts=True), _COUNTS_TIMEOUT_S) for running in awake),
             return_exceptions=True,
         )
         # One that is just dying has no counts to give; its end is reported elsewhere.

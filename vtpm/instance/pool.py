@@ -197,6 +197,10 @@ class InstancePool:
                 log.warning("pool.refill_failed", reason=error.reason, remedy=error.remedy)
                 await asyncio.sleep(_RETRY_S)
                 continue
+            except Exception as error:  # noqa: BLE001  # one TPM could not be made; the next one may
+                log.error("pool.refill_failed", reason="INTERNAL", error=type(error).__name__)
+                await asyncio.sleep(_RETRY_S)
+                continue
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), _CHECK_S)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime as dt
+import functools
 import uuid
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
@@ -20,6 +21,8 @@ import structlog
 from vtpm.errors import ErrorKind, FailedPreconditionError, VtpmError
 from vtpm.instance.certification import AK, record_of
 from vtpm.instance.proof import due_keys, prove
+from vtpm.instance.spread import spread
+from vtpm.log import SourceLog
 from vtpm.pki.authority import Authority
 from vtpm.store.model import CertificateRecord, IdentityState, InstanceRecord, KeyRecord
 from vtpm.tpm.layouts import NvLayout, renewed_entries
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
     from vtpm.tpm.nv import NvEntry
 
 log: Final = structlog.get_logger("vtpm.instance")
+_lines: Final = SourceLog(log)
 
 # Renewed when a third of its life is left.
 _LEFT: Final = 3
@@ -40,6 +44,9 @@ _SHORTEST_TURN_S: Final = 1.0
 _LONGEST_TURN_S: Final = 60.0
 # Whom one turn looks at; those that are asleep are only noted.
 _AT_ONCE: Final = 100_000
+_RENEWALS_AT_ONCE: Final = 4
+# As long as the worker itself may wait for the store, and some more.
+_RENEWAL_TIMEOUT_S: Final = 120.0
 RENEWED_KINDS: Final = (AK, "GUEST_AK")
 # A worker that is gone, as one that has hibernated.
 _LOST: Final = ("TPM_LOST", "ENGINE_HOST_LOST")
@@ -75,33 +82,32 @@ class Renewal:
 
     async def _run(self) -> None:
         while True:
-            authority = self._identity.authority()
             turn_s = _LONGEST_TURN_S
-            if authority is not None:
-                lifetime = authority.policy.ak_lifetime
-                turn_s = max(_SHORTEST_TURN_S, min(_LONGEST_TURN_S, lifetime.total_seconds() / 20))
-                try:
+            try:
+                authority = self._identity.authority()
+                if authority is not None:
+                    lifetime = authority.policy.ak_lifetime
+                    turn_s = max(_SHORTEST_TURN_S, min(_LONGEST_TURN_S, lifetime.total_seconds() / 20))
                     await self._turn(authority, dt.datetime.now(dt.UTC) + lifetime / _LEFT)
-                except VtpmError as error:
-                    log.warning("renewal.turn_failed", reason=error.reason, remedy=error.remedy)
+            except VtpmError as error:
+                _lines.warning("turn", "renewal.turn_failed", reason=error.reason, remedy=error.remedy)
+            except Exception as error:  # noqa: BLE001  # the next turn is for others too
+                _lines.error("turn", "renewal.turn_failed", reason="INTERNAL", error=type(error).__name__)
             await asyncio.sleep(turn_s)
 
     async def _turn(self, authority: Authority, before: dt.datetime) -> None:
         due: list[uuid.UUID] = []
         for kind in RENEWED_KINDS:
             due += await self._lifecycle.blocking(self._store.identities.overdue, kind, before, _AT_ONCE)
-        failed = 0
-        asleep: set[uuid.UUID] = set()
-        for instance in dict.fromkeys(due):
-            running = self._lifecycle.by_id(instance)
-            if running is None:
-                continue
-            if running.tpm.asleep:
-                asleep.add(instance)
-            else:
-                failed += not await self._tried(running, authority)
-        self._asleep |= asleep
-        self._identity.metrics.set_overdue(failed)
+        found = [self._lifecycle.by_id(instance) for instance in dict.fromkeys(due)]
+        running = [item for item in found if item is not None]
+        self._asleep |= {item.record.id for item in running if item.tpm.asleep}
+        waiting = [item for item in running if not item.tpm.asleep]
+        failures = 0
+        # Whoever does not answer takes a place for a moment only, and then waits beside the others.
+        async for done in spread(waiting, functools.partial(self._tried, authority), at_once=_RENEWALS_AT_ONCE):
+            failures += not done
+        self._identity.metrics.set_overdue(failures)
 
     def woke(self, running: Running) -> None:
         """Renew what became due while an instance was hibernated; its guest does not wait for it."""
@@ -111,22 +117,28 @@ class Renewal:
             self._lifecycle.later(self._renew_woken(running, authority))
 
     async def _renew_woken(self, running: Running, authority: Authority) -> None:
-        await self._tried(running, authority)
+        await self._tried(authority, running)
 
-    async def _tried(self, running: Running, authority: Authority) -> bool:
-        """Renew; a failure is this instance's own."""
-        instance = running.record.id
+    async def _tried(self, authority: Authority, running: Running) -> bool:
+        """Renew what is due of one instance; whether that went well. A failure is this instance's own."""
+        instance = str(running.record.id)
         try:
-            await self._renew_on(running, authority)
+            async with asyncio.timeout(_RENEWAL_TIMEOUT_S):
+                await self._renew_on(running, authority)
         except VtpmError as error:
             if error.reason in _LOST and (running.gone.is_set() or running.tpm.asleep):
                 # It has hibernated meanwhile, or was stopped.
-                self._asleep.add(instance)
+                self._asleep.add(running.record.id)
                 return True
-            self._identity.metrics.count_renewal("failed")
-            log.warning("renewal.failed", instance=str(instance), reason=error.reason, remedy=error.remedy)
-            return False
-        return True
+            _lines.warning(instance, "renewal.failed", instance=instance, reason=error.reason, remedy=error.remedy)
+        except TimeoutError:
+            _lines.warning(instance, "renewal.failed", instance=instance, reason="WORKER_TIMEOUT", remedy="see the instance")
+        except Exception as error:  # noqa: BLE001  # it is one instance's
+            _lines.error(instance, "renewal.failed", instance=instance, reason="INTERNAL", error=type(error).__name__)
+        else:
+            return True
+        self._identity.metrics.count_renewal("failed")
+        return False
 
     async def _renew_on(self, running: Running, authority: Authority) -> None:
         record = running.record

@@ -14,9 +14,11 @@ class Running:
     """A powered-on instance, awake or hibernated.
 
     `untouched`: the engine host says that no worker has gone on from its snapshot, whatever an earlier daemon has marked.
+    `busy_with` are the kinds of background work that is under way for it, and whether it is to be done once more after that.
     """
 
     record: InstanceRecord
     tpm: WakefulTpm
     untouched: bool = False
     gone: asyncio.Event = field(default_factory=asyncio.Event)
+    busy_with: dict[str, bool] = field(default_factory=dict)

@@ -22,6 +22,7 @@ from vtpm.engine.interface import Engine, Loss, Parked, RunningTpm, Thaw
 from vtpm.errors import ErrorKind, FailedPreconditionError, KeyProviderError, VtpmError
 from vtpm.instance.running import Running
 from vtpm.instance.wakeful import WakefulTpm
+from vtpm.log import SourceLog
 from vtpm.store.model import InstanceRecord
 from vtpm.store.snapshots import TOKEN_SIZE, Hibernated
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from vtpm.store.store import Store
 
 log: Final = structlog.get_logger("vtpm.instance")
+_lines: Final = SourceLog(log)
 
 _RETRY_S: Final = 0.5
 # How many workers may die over one snapshot.
@@ -127,15 +129,22 @@ class Thaws:
         return running if running is not None and running.record.epoch == epoch else None
 
     def _wake(self, running: Running) -> None:
-        self._power.later(self._wake_for_guest(running))
+        # Told twice while it waits, it wakes once.
+        if "wake" not in running.busy_with:
+            running.busy_with["wake"] = False
+            self._power.later(self._wake_for_guest(running))
 
     async def _wake_for_guest(self, running: Running) -> None:
-        # What a guest sent waits on its socket; nothing is lost by waiting.
-        await self._open.wait()
+        instance = str(running.record.id)
         try:
+            # What a guest sent waits on its socket; nothing is lost by waiting.
+            await self._open.wait()
+            del running.busy_with["wake"]
             await running.tpm.awake()
         except VtpmError as error:
-            log.warning("instance.thaw_failed", instance=str(running.record.id), reason=error.reason)
+            _lines.warning(instance, "instance.thaw_failed", instance=instance, reason=error.reason)
+        except Exception as error:  # noqa: BLE001  # whoever asks for it next hears of it
+            _lines.error(instance, "instance.thaw_failed", instance=instance, reason="INTERNAL", error=type(error).__name__)
 
     # ---- held while the host is drained ----------------------------------------------------------------------------------
 

@@ -11,7 +11,10 @@ import threading
 from collections.abc import Sequence
 from typing import Final, TypeAlias
 
+import structlog
+
 from vtpm.crashpoints import crash_point
+from vtpm.log import SourceLog
 from vtpm.store import snapshots, wal
 from vtpm.store.database import errors, set_pragmas
 from vtpm.store.macs import RowMacs
@@ -19,6 +22,8 @@ from vtpm.store.model import StateCommit
 from vtpm.store.snapshots import SnapshotCommit, SnapshotUse
 
 AnyCommit: TypeAlias = StateCommit | SnapshotCommit | SnapshotUse
+
+_lines: Final = SourceLog(structlog.get_logger("vtpm.store"))
 
 _UPDATE: Final = """
 UPDATE states SET epoch = ?, version = ?, blob = ?
@@ -29,6 +34,14 @@ _PRESENT: Final = """
 SELECT i.epoch, i.state, s.epoch, s.version, s.blob FROM instances i JOIN states s ON s.instance = i.id AND s.kind = ?
 WHERE i.id = ?
 """
+
+# What the driver says of the values that it was given, and not of the database.
+_OF_AN_ITEM: Final = (sqlite3.InterfaceError, sqlite3.DataError, sqlite3.IntegrityError, sqlite3.ProgrammingError)
+
+
+def _is_trouble(error: Exception) -> bool:
+    """Whether an error is the store's, so that no commit can be made, or that of an item."""
+    return isinstance(error, sqlite3.Error) and not isinstance(error, _OF_AN_ITEM)
 
 
 class StateCommits:
@@ -65,23 +78,42 @@ class StateCommits:
         """Make `commits` durable in one transaction; one answer each, empty or EPOCH_STALE, VERSION_CONFLICT, SNAPSHOT_USED,
         INSTANCE_NOT_FOUND.
 
-        A commit that is already there to the byte is a success: its worker asked again after it lost the answer.
+        A commit that is already there to the byte is a success: its worker asked again after it lost the answer. One that the
+        database can't take at all is answered with COMMIT_INVALID, and the others are made all the same.
 
         Raises:
-            StoreError: none of them was made.
+            StoreError: the store is in trouble. Whatever was made is a success when it is asked for again.
         """
         with self._lock, errors(self._url):
-            connection = self._open()
             try:
-                connection.execute("BEGIN IMMEDIATE")
-                answers = [self._commit_one(connection, item) for item in commits]
-                crash_point("commit.before_sync")
-                connection.execute("COMMIT")
-                crash_point("commit.after_sync")
-            except sqlite3.Error:
-                self._recover(connection)
+                return self._transaction(commits)
+            except Exception as error:
+                if _is_trouble(error):
+                    raise
+                return [self._alone(item) for item in commits]
+
+    def _alone(self, item: AnyCommit) -> str:
+        try:
+            return self._transaction([item])[0]
+        except Exception as error:
+            if _is_trouble(error):
                 raise
-            return answers
+            _lines.error(str(item.instance), "commit.invalid", instance=str(item.instance), error=type(error).__name__)
+            return "COMMIT_INVALID"
+
+    def _transaction(self, commits: Sequence[AnyCommit]) -> list[str]:
+        connection = self._open()
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            answers = [self._commit_one(connection, item) for item in commits]
+            crash_point("commit.before_sync")
+            connection.execute("COMMIT")
+            crash_point("commit.after_sync")
+        except BaseException:
+            # Whatever it was: a transaction that stays open would hold up everybody who writes.
+            self._recover(connection)
+            raise
+        return answers
 
     def _recover(self, connection: sqlite3.Connection) -> None:
         with contextlib.suppress(sqlite3.Error):

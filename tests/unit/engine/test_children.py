@@ -8,6 +8,7 @@ import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from vtpm.engine.children import Child
 from vtpm.engine.parking import Parking
 from vtpm.engine.v1 import link_pb2 as pb
+from vtpm.engine.validate import ViolationError
 
 
 class Worker:
@@ -53,27 +55,75 @@ def descriptors_open() -> int:
 def test_what_makes_no_sense_ends_it_and_leaves_nothing_open(message: bytes, count: int) -> None:
     worker = Worker()
     before = descriptors_open()
-    socket.send_fds(worker.line, [message], [0] * count)
-    assert worker.child.listen()
-    if worker.child.left is None:
-        assert worker.process.wait(10) == -signal.SIGKILL
-        assert descriptors_open() == before
-    else:
-        # By chance a message: then it has a descriptor for each role.
-        about, fds = worker.child.left
-        assert len(about.roles) == len(fds) == count > 0
-        for fd in fds:
-            os.close(fd)
+    # Pipes, as no worker has them.
+    reader, writer = os.pipe()
+    socket.send_fds(worker.line, [message], [reader] * count)
+    with pytest.raises(ViolationError):
+        worker.child.listen()
+    assert worker.child.left is None
+    os.close(reader)
+    os.close(writer)
+    assert descriptors_open() == before
     worker.end()
+
+
+def park_of(*roles: pb.Role.ValueType, **fields: Any) -> bytes:
+    return pb.Park(roles=roles, **fields).SerializeToString()
+
+
+@pytest.mark.parametrize(
+    ("message", "kinds", "code"),
+    [
+        (b"G", "", "GOING_ON"),
+        (park_of(pb.DATA, snapshot_version=1 << 63), "c", "PARK_VERSION"),
+        (park_of(pb.DATA, zeros=[1, 2]), "c", "PARK_ZEROS"),
+        (park_of(pb.DATA, zeros=[1 << 20]), "c", "PARK_ZEROS"),
+        (park_of(pb.OPERATIONS), "c", "PARK_ROLE"),
+        (park_of(pb.VM_DATA, pb.VM_DATA), "cc", "PARK_ROLE"),
+        (park_of(pb.DATA, pb.DATA), "c", "PARK_DESCRIPTORS"),
+        (park_of(pb.DATA), "p", "PARK_KIND"),
+        (park_of(pb.DATA), "l", "PARK_KIND"),
+        (park_of(pb.DATA_LISTENER), "c", "PARK_KIND"),
+        (b"\x08\x05" * 3000, "", "PARK_SIZE"),
+    ],
+)
+def test_each_kind_of_nonsense_is_named(worker: Worker, message: bytes, kinds: str, code: str) -> None:
+    connection, peer = socket.socketpair()
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(f"\0vtpm-test-{os.getpid()}-{id(worker)}")
+    listener.listen(1)
+    reader, writer = os.pipe()
+    with connection, peer, listener:
+        found = {"c": connection.fileno(), "l": listener.fileno(), "p": reader}
+        socket.send_fds(worker.line, [message], [found[kind] for kind in kinds])
+        with pytest.raises(ViolationError) as refused:
+            worker.child.listen()
+    os.close(reader)
+    os.close(writer)
+    assert refused.value.code == code
+
+
+def test_a_worker_that_does_not_read_is_ended_and_nobody_waits_for_it(worker: Worker) -> None:
+    def tell_more_and_more() -> None:
+        for _ in range(100_000):
+            worker.child.send(b"H")
+
+    with pytest.raises(BlockingIOError):
+        tell_more_and_more()
+    assert worker.child.misbehaved.startswith("LINK_UNREAD")
+    assert worker.process.wait(10) == -signal.SIGKILL
 
 
 def test_a_worker_of_nobody_can_leave_nothing(worker: Worker) -> None:
     worker.child.instance = ""
     park = pb.Park(roles=[pb.DATA])
-    socket.send_fds(worker.line, [park.SerializeToString()], [0])
-    assert worker.child.listen()
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        socket.send_fds(worker.line, [park.SerializeToString()], [ours.fileno()])
+        with pytest.raises(ViolationError) as refused:
+            worker.child.listen()
     assert worker.child.left is None
-    assert worker.process.wait(10) == -signal.SIGKILL
+    assert refused.value.code == "PARK_UNOWNED"
 
 
 def test_last_words_are_heard_of_one_that_died_with_something_unread(worker: Worker) -> None:

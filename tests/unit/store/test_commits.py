@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import uuid
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from tests.unit.store.given import a_commit, a_new_instance, created_on, database_file, open_store
 from vtpm.errors import ErrorKind, StoreError
 from vtpm.seal.envelope import StateKind
+from vtpm.store.commits import StateCommits
 from vtpm.store.model import InstanceRecord, SealedState, StateCommit
 from vtpm.store.store import Store
 
@@ -173,3 +176,35 @@ def test_of_any_attempts_only_the_next_version_of_the_owner_is_kept(
         else:
             assert answer == ("" if SealedState(epoch, version, blob) == expected else "VERSION_CONFLICT")
         assert kept(shared_store, record) == expected
+
+
+@pytest.mark.parametrize("poison", ["version", "epoch", "blob", "instance"])
+def test_an_item_that_the_database_cannot_take_costs_itself_alone(store: Store, owned: InstanceRecord, poison: str) -> None:
+    other = created_on(store, "web-2")
+    bad: dict[str, Any] = {
+        "version": {"version": 1 << 63},
+        "epoch": {"epoch": 1 << 64},
+        # As a message of another shape would bring it.
+        "blob": {"blob": object()},
+        "instance": {"instance": "no id"},
+    }[poison]
+    poisoned = dataclasses.replace(a_commit(owned, 2), **bad)
+    assert store.commit([a_commit(other, 2), poisoned, a_commit(other, 3)]) == ["", "COMMIT_INVALID", ""]
+    assert kept(store, other).version == 3
+    # No transaction is left open, which would hold up everybody else.
+    store.set_labels(other.id, {"a": "b"}, None)
+    assert store.commit([a_commit(owned, 2)]) == [""]
+
+
+def test_an_exception_of_whatever_kind_leaves_no_transaction_open(
+    store: Store, owned: InstanceRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_arguments: object) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(StateCommits, "_commit_one", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        store.commit([a_commit(owned, 2)])
+    monkeypatch.undo()
+    store.set_labels(owned.id, {"a": "b"}, None)
+    assert store.commit([a_commit(owned, 2)]) == [""]

@@ -408,15 +408,19 @@ class Kill(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     INSTANCE_FIELD_NUMBER: _builtins.int
+    PID_FIELD_NUMBER: _builtins.int
     instance: _builtins.str
+    pid: _builtins.int
+    """With no instance: a stocked worker."""
     def __init__(
         self,
         *,
         instance: _builtins.str = ...,
+        pid: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["instance", b"instance"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["instance", b"instance", "pid", b"pid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -448,11 +452,14 @@ class WorkerExited(_message.Message):
     PID_FIELD_NUMBER: _builtins.int
     STATUS_FIELD_NUMBER: _builtins.int
     PARKED_FIELD_NUMBER: _builtins.int
+    MISBEHAVED_FIELD_NUMBER: _builtins.int
     instance: _builtins.str
     epoch: _builtins.int
     pid: _builtins.int
     status: _builtins.int
     """As waitpid gives it: exit code, or minus the signal's number."""
+    misbehaved: _builtins.str
+    """Why the engine host ended it: what it sent that no worker sends."""
     @_builtins.property
     def parked(self) -> Global___ParkedInstance:
         """Set when the worker has hibernated and left its descriptors with the engine host; copies of them come along."""
@@ -465,10 +472,11 @@ class WorkerExited(_message.Message):
         pid: _builtins.int = ...,
         status: _builtins.int = ...,
         parked: Global___ParkedInstance | None = ...,
+        misbehaved: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["parked", b"parked"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "instance", b"instance", "parked", b"parked", "pid", b"pid", "status", b"status"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "instance", b"instance", "misbehaved", b"misbehaved", "parked", b"parked", "pid", b"pid", "status", b"status"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1482,7 +1490,7 @@ Global___NvContents: _TypeAlias = NvContents  # noqa: Y015
 
 @_typing.final
 class IdentityTouched(_message.Message):
-    """GetKeys says which commands. It is not said again until they are forgotten."""
+    """GetKeys says which commands. It is not said again until a GetKeys asks to forget them."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1643,6 +1651,8 @@ Global___Keys: _TypeAlias = Keys  # noqa: Y015
 
 @_typing.final
 class Imported(_message.Message):
+    """Not said again until a GetKeys was served."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
