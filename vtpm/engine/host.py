@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from vtpm import __version__, crashpoints
-from vtpm.engine import descriptors, sandbox
+from vtpm.engine import descriptors, sandbox, worker_uids
 from vtpm.engine.children import Child, Nursery
 from vtpm.engine.exits import EXIT_HIBERNATED
+from vtpm.engine.host_log import HostLog
 from vtpm.engine.libtpms import Libtpms
+from vtpm.engine.log_pipes import WorkerLogs
 from vtpm.engine.moves import Moves
 from vtpm.engine.operations import Operations
 from vtpm.engine.rehearsal import rehearse
@@ -46,11 +48,14 @@ _DESCRIPTORS: Final = 1 << 20
 class EngineHost:
     """The loop of the engine host; one daemon at a time is connected to `listener`, a SOCK_SEQPACKET socket."""
 
-    def __init__(self, listener: socket.socket, *, memory_limit: int) -> None:
+    def __init__(self, listener: socket.socket, log: HostLog, *, memory_limit: int) -> None:
         self._listener = listener
         self._tpm = Libtpms()
         self._operations = Operations(self._tpm)
-        self._nursery = Nursery(self._tpm, self._operations, memory_limit=memory_limit, spares=_SPARES)
+        lacking = worker_uids.why_not()
+        if lacking:
+            log.say(f"workers run as the same user as the engine host, not each as one of its own: {lacking}")
+        self._nursery = Nursery(self._tpm, self._operations, memory_limit=memory_limit, spares=_SPARES, own_users=not lacking)
         self.children: dict[str, Child] = {}
         self._moves = Moves(self)
         # Ends that no daemon has been told of.
@@ -58,6 +63,7 @@ class EngineHost:
         self._daemon: socket.socket | None = None
         self._epoll = select.epoll()
         self._handlers: dict[int, Callable[[], None]] = {}
+        self._logs = WorkerLogs(log.say, self._watch, self._unwatch)
         self._requests: dict[str, Callable[[pb.HostRequest, list[int], pb.HostReply], list[int]]] = {
             "hello": self._hello,
             "spawn": self._spawn,
@@ -89,15 +95,19 @@ class EngineHost:
         gc.freeze()
         while self._running:
             # A missing spare is forked once nobody waits for anything.
-            ready = self._epoll.poll(0 if self._nursery.short else -1, 64)
-            if not ready:
-                child = self._nursery.add_spare()
-                self._watch(child.pidfd, functools.partial(self._on_exit, child))
-                self._watch(child.link.fileno(), functools.partial(self._on_link, child))
+            ready = self._epoll.poll(0 if self._nursery.short else self._logs.pause_s, 64)
+            self._logs.resume()
+            if not ready and self._nursery.short:
+                self._look_after(self._nursery.add_spare())
             for fd, _event in ready:
                 handler = self._handlers.get(fd)
                 if handler is not None:
                     handler()
+
+    def _look_after(self, child: Child) -> None:
+        self._watch(child.pidfd, functools.partial(self._on_exit, child))
+        self._watch(child.link.fileno(), functools.partial(self._on_link, child))
+        self._logs.listen(child.log, child.label)
 
     # ---- the daemon ------------------------------------------------------------------------------------------------------
 
@@ -217,11 +227,12 @@ class EngineHost:
         while True:
             child, fresh = self._nursery.take(order)
             if fresh:
-                self._watch(child.pidfd, functools.partial(self._on_exit, child))
-                self._watch(child.link.fileno(), functools.partial(self._on_link, child))
+                self._look_after(child)
             try:
                 if order.nice:
-                    os.setpriority(os.PRIO_PROCESS, child.pid, min(order.nice, _MAX_NICE))
+                    # Another user's process, without CAP_SYS_NICE: it is no less a worker.
+                    with contextlib.suppress(PermissionError):
+                        os.setpriority(os.PRIO_PROCESS, child.pid, min(order.nice, _MAX_NICE))
                 child.take_over(roles, fds, zeros)
             except OSError:
                 # A spare that has died meanwhile: its end is told of by its descriptor.
@@ -252,6 +263,7 @@ class EngineHost:
         while child.listen():
             pass
         self._unwatch(child.link.fileno())
+        self._logs.end(child.log)
         crashpoints.crash_point("host.after_exit")
         child.link.close()
         status = os.waitstatus_to_exitcode(wait_status)
@@ -328,8 +340,8 @@ class EngineHost:
 
 
 def main(arguments: list[str]) -> int:
-    """Run an engine host on the listening socket given by number: `LISTENER_FD SOCKET_PATH MEMORY_LIMIT`."""
-    listener_fd, path, memory_limit = int(arguments[0]), Path(arguments[1]), int(arguments[2])
+    """Run an engine host on the listening socket given by number: `LISTENER_FD SOCKET_PATH MEMORY_LIMIT LOG_PATH`."""
+    listener_fd, path, memory_limit, log_path = int(arguments[0]), Path(arguments[1]), int(arguments[2]), Path(arguments[3])
     sandbox.forbid_dumps()
     sandbox.name_process("vtpm-engine")
     sandbox.raise_descriptor_limit(_DESCRIPTORS)
@@ -338,7 +350,7 @@ def main(arguments: list[str]) -> int:
         signal.signal(number, signal.SIG_IGN)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, listener_fd)
     try:
-        EngineHost(listener, memory_limit=memory_limit).run()
+        EngineHost(listener, HostLog(log_path), memory_limit=memory_limit).run()
     finally:
         with contextlib.suppress(OSError):
             path.unlink()

@@ -11,12 +11,15 @@ import sys
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Final, Protocol
+from typing import BinaryIO, Final, Protocol
+
+import structlog
 
 from vtpm import crashpoints
 from vtpm.engine import descriptors
 from vtpm.engine.committer import Channel
 from vtpm.engine.framing import FrameReader, frame
+from vtpm.engine.host_log import open_log
 from vtpm.engine.identity import TouchedKeys, key_records
 from vtpm.engine.interface import PcrValue, PcrValues, Quoted
 from vtpm.engine.v1 import link_pb2 as pb
@@ -25,6 +28,8 @@ from vtpm.store.model import KeyRecord
 from vtpm.tpm.codes import response_code_name
 from vtpm.tpm.pcr import PcrBank, PcrSelection
 from vtpm.tpm.ptm import ControlCommand
+
+log: Final = structlog.get_logger("vtpm.engine")
 
 _MAX_MESSAGE_SIZE: Final = 256 << 10
 _START_TIMEOUT_S: Final = 20.0
@@ -157,9 +162,17 @@ def _start_host(path: Path, memory_limit: int, log_path: Path) -> None:
         finally:
             os.umask(previous)
         listener.listen(4)
-        with log_path.open("ab") as log_file:
+        with _log_file(log_path) as log_file:
             subprocess.Popen(
-                [sys.executable, "-m", "vtpm.engine.host", str(listener.fileno()), str(path), str(memory_limit)],
+                [
+                    sys.executable,
+                    "-m",
+                    "vtpm.engine.host",
+                    str(listener.fileno()),
+                    str(path),
+                    str(memory_limit),
+                    str(log_path),
+                ],
                 pass_fds=[listener.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=log_file,
@@ -175,6 +188,15 @@ def _start_host(path: Path, memory_limit: int, log_path: Path) -> None:
         raise EngineError("ENGINE_HOST_START_FAILED", f"the engine host can't be started: {error}") from error
     finally:
         listener.close()
+
+
+def _log_file(path: Path) -> BinaryIO:
+    try:
+        return os.fdopen(open_log(path), "ab")
+    except OSError as error:
+        # No VM waits for a log.
+        log.warning("engine.host_log_not_writable", path=str(path), error=str(error))
+        return Path(os.devnull).open("ab")
 
 
 class WorkerLink(asyncio.Protocol):
