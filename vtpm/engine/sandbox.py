@@ -144,6 +144,10 @@ def drop_capabilities() -> None:
     """Give up all capabilities of this process, for good once it may not run a program with more."""
     header = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)
     # struct __user_cap_data_struct, twice: effective, permitted and inheritable. What is ambient goes with them.
+    present = ctypes.create_string_buffer(24)
+    if _libc.capget(header, present) == 0 and not any(present.raw):
+        # The usual case; then the service's unit does not even allow the call below.
+        return
     if _libc.capset(header, bytes(24)) != 0:
         raise EngineError("SANDBOX_FAILED", f"capset failed: {os.strerror(ctypes.get_errno())}")
 
