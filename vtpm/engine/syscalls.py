@@ -25,6 +25,7 @@ _PROT_READ: Final = 1
 _PROT_WRITE: Final = 2
 _MAP_PRIVATE_ANONYMOUS: Final = 0x22
 _MAP_NORESERVE: Final = 0x4000
+_MAP_DROPPABLE_ANONYMOUS: Final = 0x28
 _MREMAP_MAYMOVE: Final = 1
 _MADV_DONTNEED: Final = 4
 _FUTEX_PRIVATE: Final = 128
@@ -111,7 +112,11 @@ def _allowed() -> dict[str, Rules]:
         "writev": ((_int(0, _STDERR),),),
         # ---- memory: private, of no file, never executable, at no address of the caller's choice (MAP_FIXED)
         "brk": anyhow,
-        "mmap": ((read_write, _only(3, _MAP_NORESERVE, _MAP_PRIVATE_ANONYMOUS)),),
+        "mmap": (
+            (read_write, _only(3, _MAP_NORESERVE, _MAP_PRIVATE_ANONYMOUS)),
+            # Where the C library (glibc 2.41) keeps what getrandom needs without a system call.
+            (read_write, _is(3, _MAP_DROPPABLE_ANONYMOUS)),
+        ),
         "mprotect": ((read_write,),),
         "munmap": anyhow,
         "mremap": ((_only(3, _MREMAP_MAYMOVE),),),
