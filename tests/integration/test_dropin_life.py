@@ -18,7 +18,9 @@ from tests.integration.test_dropin import BOTH, COMMANDS, OURS, PERMALL, PLAIN, 
 from tests.support import raw, vmm
 from tests.support.daemon import DaemonProcess
 from tests.support.vmm import Vmm, plain_swtpm
+from tests.support.waiting import eventually
 from vtpm.api.v1 import instance_pb2
+from vtpm.engine.worker_uids import FIRST_UID
 
 
 @pytest.fixture
@@ -126,6 +128,23 @@ def test_the_end_of_the_worker_is_the_end(tmp_path: Path) -> None:
         assert len(children) == 1
         os.kill(int(children[0]), signal.SIGKILL)
         assert tpm.process.wait(10) == 1
+
+
+def test_the_worker_has_no_log_and_is_a_user_of_its_own(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with running(OURS, tmp_path, *READY, "--log", f"file={log}") as tpm:
+        parent = tpm.process.pid
+        (pid,) = (int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split())
+        # It has the pipe before it has its filter, and everything else is there then.
+        eventually(lambda: "Seccomp:\t2" in Path(f"/proc/{pid}/status").read_text())
+        kinds = {str(link.readlink()).partition(":")[0] for link in Path(f"/proc/{pid}/fd").iterdir()}
+        assert kinds == {"/dev/null", "pipe", "socket", "anon_inode"}
+        if os.geteuid() == 0:
+            assert f"Uid:\t{FIRST_UID + pid}\t" in Path(f"/proc/{pid}/status").read_text()
+            with Path(f"/proc/{pid}/fd/2").open("wb", buffering=0) as voice:
+                voice.write(b"\x1b[2Jlast words\n")
+            eventually(lambda: "the TPM's process: \\x1b[2Jlast words\n" in log.read_text())
+        tpm.shut_down()
 
 
 def test_a_disk_that_is_full_ends_it_before_the_answer(tmp_path: Path) -> None:

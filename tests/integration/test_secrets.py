@@ -35,7 +35,11 @@ def test_a_worker_is_walled_in(own_daemon: DaemonProcess) -> None:
     assert Path(f"/proc/{pid}/environ").stat().st_uid == 0
     kinds = [str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir()]
     outside = [kind for kind in kinds if not kind.startswith(("socket:", "anon_inode:[eventpoll]"))]
-    assert all(kind == "/dev/null" or kind.endswith("engine-host.log") for kind in outside), outside
+    # Standard input, and one pipe for its standard output and error.
+    assert all(kind == "/dev/null" or kind.startswith("pipe:") for kind in outside), outside
+    assert len({kind for kind in outside if kind.startswith("pipe:")}) == 1
+    assert {fields[kind] for kind in ("CapInh", "CapPrm", "CapEff", "CapAmb")} == {"0" * 16}
+    assert re.search(r"Max file size\s+0\s+0", limits)
 
 
 def test_the_daemon_and_the_engine_host_leave_no_core_dumps(own_daemon: DaemonProcess) -> None:

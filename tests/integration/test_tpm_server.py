@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import select
 import signal
 import socket
+import subprocess
 import sys
+import sysconfig
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +23,7 @@ from tests.support.quote import verify
 from vtpm.api.v1 import instance_pb2 as pb
 from vtpm.api.v1 import tpm_pb2
 from vtpm.engine import tpm_server
+from vtpm.engine.worker_uids import FIRST_UID
 from vtpm.errors import EngineError, ErrorKind, VtpmError
 from vtpm.tpm.command import error_response
 
@@ -31,14 +36,39 @@ TPM_RC_COMMAND_SIZE = 0x142
 
 def install(path: Path, *arguments: str) -> None:
     """Put the stand-in where the daemon looks for the program; `arguments` are as if built in."""
-    path.write_text(f"#!/bin/sh\nexec '{sys.executable}' '{STAND_IN}' {' '.join(arguments)} \"$@\"\n")
+    env = f"PYTHONDONTWRITEBYTECODE=1 PYTHONPATH='{sysconfig.get_paths()['purelib']}'"
+    path.write_text(f"#!/bin/sh\n{env} exec '{python_for_all()}' '{STAND_IN}' {' '.join(arguments)} \"$@\"\n")
     path.chmod(0o755)
 
 
+@functools.cache
+def python_for_all() -> str:
+    """A Python that a worker may run, which is a user of its own where the daemon is root."""
+    if os.geteuid() != 0:
+        return sys.executable
+    env = {"PATH": "/usr/bin:/bin", "PYTHONPATH": f"{sysconfig.get_paths()['purelib']}:{ROOT}", "PYTHONDONTWRITEBYTECODE": "1"}
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    for python in (sys.executable, f"/usr/bin/{version}"):
+        # Twice: the first step still has root's right to pass through root's directories.
+        again = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import vtpm.engine.libtpms'], check=True)"
+        command = ["setpriv", f"--reuid={FIRST_UID}", f"--regid={FIRST_UID}", "--clear-groups", python, "-c", again]
+        if subprocess.run(command, env=env, cwd="/", capture_output=True, check=False).returncode == 0:
+            return python
+    pytest.skip("no Python with these packages that another user may run")
+
+
 @pytest.fixture
-def program(tmp_path: Path) -> Path:
+def public_dir() -> Iterator[Path]:
+    """A directory that every user may read."""
+    with tempfile.TemporaryDirectory(prefix="vtpm-") as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+@pytest.fixture
+def program(public_dir: Path) -> Path:
     """An installed tpm_server."""
-    path = tmp_path / "tpm_server"
+    path = public_dir / "tpm_server"
     install(path)
     return path
 
@@ -287,8 +317,8 @@ def test_an_instance_whose_program_is_gone_stays_off_until_it_is_back(simulated:
     assert daemon.power_on("web-1").state == pb.ON
 
 
-def test_a_program_that_is_no_tpm_server_is_refused_by_name(tmp_path: Path) -> None:
-    program = tmp_path / "tpm_server"
+def test_a_program_that_is_no_tpm_server_is_refused_by_name(public_dir: Path) -> None:
+    program = public_dir / "tpm_server"
     program.write_text("#!/bin/sh\nexit 0\n")
     program.chmod(0o755)
     with DaemonProcess(environment={"VTPM_TPM_SERVER_PATH": str(program)}) as daemon:
@@ -314,7 +344,7 @@ def test_it_does_not_hibernate_and_says_so(simulated: DaemonProcess) -> None:
 
 
 def test_without_isolation_nothing_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(_hidden: object) -> None:
+    def refuse(_hidden: object, *, owner: int | None) -> None:
         raise EngineError("ENGINE_NOT_ISOLATED", "no namespaces here")
 
     monkeypatch.setattr(tpm_server, "isolate", refuse)

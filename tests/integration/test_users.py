@@ -72,6 +72,9 @@ def test_a_user_who_is_not_root_has_a_daemon_in_the_xdg_directories(home: Path) 
         web = client.call(client.instances.StartInstance, pb.StartInstanceRequest(instance="web-1"))
         host = client.call(client.host.GetHost, pb.GetHostRequest()).engine_host_pid
         raw.succeed(raw.connect(web.tpm_socket), raw.get_random(8))
+        # Its workers can't be users of their own, and that is said.
+        said = (home / "run/vtpm/engine-host.log").read_text().splitlines()
+        assert [line for line in said if "workers run as the same user" in line and "does not run as root" in line] == said
         assert (home / ".local/state/vtpm/vtpm.db").exists()
         assert (home / ".local/state/vtpm").stat().st_uid == NOBODY
         client.close()

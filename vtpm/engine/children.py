@@ -10,20 +10,21 @@ import contextlib
 import os
 import signal
 import socket
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vtpm import crashpoints
 from vtpm.engine import descriptors, sandbox, validate_host
-from vtpm.engine.exits import EXIT_STOPPED
+from vtpm.engine.exits import EXIT_STOPPED, last_words
+from vtpm.engine.log_pipes import make_pipe, speak_into
 from vtpm.engine.scheduling import stand_alone, take_short_turns
 from vtpm.engine.software import LIBTPMS, TPM_SERVER
 from vtpm.engine.tpm_server import in_new_worker
 from vtpm.engine.v1 import link_pb2 as pb
 from vtpm.engine.validate import ViolationError
 from vtpm.engine.worker import GOING_ON, MAX_ORDER_SIZE, TAKE_OVER, Worker, vm_sockets
+from vtpm.engine.worker_uids import become_own, own_uid
 
 if TYPE_CHECKING:
     from vtpm.engine.operations import Operations
@@ -47,6 +48,12 @@ class Child:
     left: tuple[pb.ParkedInstance, list[int]] | None = None
     # What it did that no worker does; it is ended then.
     misbehaved: str = ""
+    # The pipe in which it talks.
+    log: int = -1
+
+    def label(self) -> str:
+        """What its lines in the log begin with; empty for a spare."""
+        return f"worker {self.instance} (pid {self.pid})" if self.instance else ""
 
     def take_over(self, roles: Sequence[pb.Role.ValueType], fds: Sequence[int], zeros: Sequence[int] = ()) -> None:
         """Give it the instance that it was made for, with a descriptor for each role.
@@ -133,12 +140,18 @@ class Child:
 
 
 class Nursery:
-    """Forks workers around this process's TPM. `spares` says how many wait ahead."""
+    """Forks workers around this process's TPM.
 
-    def __init__(self, tpm: SoftwareTpm, operations: Operations, *, memory_limit: int, spares: int) -> None:
+    `spares` says how many wait ahead, `own_users` that each becomes a user of its own.
+    """
+
+    def __init__(
+        self, tpm: SoftwareTpm, operations: Operations, *, memory_limit: int, spares: int, own_users: bool = False
+    ) -> None:
         self._tpm = tpm
         self._operations = operations
         self._memory_limit = memory_limit
+        self._own_users = own_users
         self._filter = sandbox.make_filter()
         self._wanted = spares
         self._spares: list[Child] = []
@@ -173,19 +186,29 @@ class Nursery:
         engine = order.engine or LIBTPMS
         # A message is a message here: several may come before they are read.
         link, worker_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        log, log_end = make_pipe()
         parent = os.getpid()
         crashpoints.crash_point("host.before_fork")
-        pid = os.fork()
-        if pid == 0:
-            self._become_worker(parent, worker_end.fileno(), order if engine == TPM_SERVER else None)
+        try:
+            pid = os.fork()
+            if pid == 0:
+                self._become_worker(parent, worker_end.fileno(), log_end, order if engine == TPM_SERVER else None)
+        except OSError:
+            os.close(log)
+            raise
+        finally:
+            os.close(log_end)
         worker_end.close()
         crashpoints.crash_point("host.after_fork")
-        return Child("", 0, engine, pid, os.pidfd_open(pid), link)
+        return Child("", 0, engine, pid, os.pidfd_open(pid), link, log=log)
 
-    def _become_worker(self, parent: int, link_fd: int, program: pb.Spawn | None) -> None:
+    def _become_worker(self, parent: int, link_fd: int, log_end: int, program: pb.Spawn | None) -> None:
         """Never returns. `program` is the order of a worker whose TPM is a program."""
         status = 1
         try:
+            speak_into(log_end)
+            if self._own_users and program is None:
+                become_own()
             sandbox.die_with_parent(parent)
             sandbox.name_process("vtpm-spare")
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -209,7 +232,7 @@ class Nursery:
             worker = Worker(tpm, operations, host=host, operations_socket=operations_socket, commits=commits, sockets=sockets)
             worker.run()
         except BaseException as error:  # noqa: BLE001  # a forked child must never return into the host's loop
-            sys.stderr.write(f"worker start: {type(error).__name__}: {error}\n")
+            last_words(f"worker start: {type(error).__name__}: {error}")
         finally:
             os._exit(status)
 
@@ -217,7 +240,10 @@ class Nursery:
         from vtpm.engine.operations import Operations
 
         sandbox.restrict(memory_limit=self._memory_limit)
-        tpm = in_new_worker(order.program, order.hidden)
+        tpm = in_new_worker(order.program, order.hidden, owner=own_uid() if self._own_users else None)
+        if self._own_users:
+            become_own()
+        sandbox.drop_capabilities()
         # Again: a change of credentials, as on entering a user namespace, may clear it.
         sandbox.die_with_parent(parent)
         return tpm, Operations(tpm)

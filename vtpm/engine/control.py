@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import socket
-import stat
 import struct
 from typing import Final, Protocol
 
@@ -201,12 +200,14 @@ class ControlChannel:
 
     def _set_data_fd(self) -> int:
         """Take the one stream socket that came along."""
-        descriptors, self._descriptors = self._descriptors, []
-        if len(descriptors) != 1 or not stat.S_ISSOCK(os.fstat(descriptors[0]).st_mode):
-            for fd in descriptors:
-                os.close(fd)
+        fds, self._descriptors = self._descriptors, []
+        try:
+            (fd,) = fds
+            # Asks whether it is a socket; the worker has no right to ask what else it may be.
+            connection = socket.socket(fileno=fd)
+        except (ValueError, OSError):
+            descriptors.close_all(fds)
             return Result.BAD_PARAMETER
-        connection = socket.socket(fileno=descriptors[0])
         if connection.type != socket.SOCK_STREAM:
             connection.close()
             return Result.BAD_PARAMETER

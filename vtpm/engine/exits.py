@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from typing import Final
 
 EXIT_STOPPED: Final = 0
@@ -19,3 +21,9 @@ class Exit(BaseException):
 
     def __init__(self, status: int) -> None:
         self.status = status
+
+
+def last_words(text: str) -> None:
+    """Write a line to standard error, if somebody takes it; a worker neither waits nor ends for that."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{text}\n".encode(errors="backslashreplace"))

@@ -22,10 +22,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from vtpm import __version__, crashpoints
-from vtpm.engine import descriptors, sandbox
+from vtpm.engine import descriptors, sandbox, worker_uids
 from vtpm.engine.children import Child, Nursery
 from vtpm.engine.exits import EXIT_HIBERNATED
+from vtpm.engine.host_log import HostLog
 from vtpm.engine.libtpms import Libtpms
+from vtpm.engine.log_pipes import WorkerLogs, printable
 from vtpm.engine.moves import Moves
 from vtpm.engine.operations import Operations
 from vtpm.engine.outbox import Outbox, UnreadError
@@ -55,15 +57,16 @@ _FORK_PAUSE_S: Final = 1.0
 _DESCRIPTORS: Final = 1 << 20
 
 
-class _StandardError:
-    """Writes lines there; what nobody takes is lost."""
+class _Complaints:
+    """Lines of the engine host's own in its log."""
+
+    def __init__(self, log: HostLog) -> None:
+        self._log = log
 
     def error(self, text: str, **fields: object) -> None:
         """Write one line."""
         more = "".join(f" {name}={value}" for name, value in fields.items())
-        with contextlib.suppress(OSError):
-            sys.stderr.write(f"engine host: {text}{more}\n")
-            sys.stderr.flush()
+        self._log.say(printable(f"engine host: {text}{more}".encode()))
 
     warning = error
 
@@ -71,11 +74,14 @@ class _StandardError:
 class EngineHost:
     """The loop of the engine host; one daemon at a time is connected to `listener`, a SOCK_SEQPACKET socket."""
 
-    def __init__(self, listener: socket.socket, *, memory_limit: int) -> None:
+    def __init__(self, listener: socket.socket, log: HostLog, *, memory_limit: int) -> None:
         self._listener = listener
         self._tpm = Libtpms()
         self._operations = Operations(self._tpm)
-        self._nursery = Nursery(self._tpm, self._operations, memory_limit=memory_limit, spares=_SPARES)
+        lacking = worker_uids.why_not()
+        if lacking:
+            log.say(f"workers run as the same user as the engine host, not each as one of its own: {lacking}")
+        self._nursery = Nursery(self._tpm, self._operations, memory_limit=memory_limit, spares=_SPARES, own_users=not lacking)
         self.children: dict[str, Child] = {}
         self._moves = Moves(self)
         # Ends that no daemon has been told of.
@@ -83,9 +89,10 @@ class EngineHost:
         self._daemon: socket.socket | None = None
         self._outbox: Outbox | None = None
         self._spares_from = 0.0
-        self._complaints = SourceLog(_StandardError())
+        self._complaints = SourceLog(_Complaints(log))
         self._epoll = select.epoll()
         self._handlers: dict[int, Callable[[], None]] = {}
+        self._logs = WorkerLogs(log.say, self._watch, self._unwatch)
         self._requests: dict[str, Callable[[pb.HostRequest, list[int], pb.HostReply], list[int]]] = {
             "hello": self._hello,
             "spawn": self._spawn,
@@ -117,6 +124,7 @@ class EngineHost:
         gc.freeze()
         while self._running or (self._outbox is not None and self._outbox.waiting):
             ready = self._epoll.poll(self._patience_s(), 64)
+            self._logs.resume()
             if self._outbox is not None and self._outbox.crowded:
                 self._flush()
             if not ready and self._nursery.short and time.monotonic() >= self._spares_from:
@@ -131,7 +139,7 @@ class EngineHost:
         if self._outbox is not None and self._outbox.crowded:
             return _CROWDED_POLL_S
         if not self._running or not self._nursery.short:
-            return -1
+            return self._logs.pause_s
         return max(0.0, self._spares_from - time.monotonic())
 
     def _add_spare(self) -> None:
@@ -141,11 +149,7 @@ class EngineHost:
             self._spares_from = time.monotonic() + _FORK_PAUSE_S
             self._complain("spare", f"no worker could be forked ahead: {error}")
             return
-        self._welcome(child)
-
-    def _welcome(self, child: Child) -> None:
-        self._watch(child.pidfd, functools.partial(self._on_exit, child))
-        self._watch(child.link.fileno(), functools.partial(self._on_link, child))
+        self._look_after(child)
 
     def _handle(self, fd: int, handler: Callable[[], None]) -> None:
         try:
@@ -161,6 +165,11 @@ class EngineHost:
     def _complain(self, source: str, text: str) -> None:
         """Write a line to the log of this process, if there were not too many about that."""
         self._complaints.error(source, text)
+
+    def _look_after(self, child: Child) -> None:
+        self._watch(child.pidfd, functools.partial(self._on_exit, child))
+        self._watch(child.link.fileno(), functools.partial(self._on_link, child))
+        self._logs.listen(child.log, child.label)
 
     # ---- the daemon ------------------------------------------------------------------------------------------------------
 
@@ -315,10 +324,12 @@ class EngineHost:
         while True:
             child, fresh = self._nursery.take(order)
             if fresh:
-                self._welcome(child)
+                self._look_after(child)
             try:
                 if order.nice:
-                    os.setpriority(os.PRIO_PROCESS, child.pid, min(order.nice, _MAX_NICE))
+                    # Another user's process, without CAP_SYS_NICE: it is no less a worker.
+                    with contextlib.suppress(PermissionError):
+                        os.setpriority(os.PRIO_PROCESS, child.pid, min(order.nice, _MAX_NICE))
                 child.take_over(roles, fds, zeros)
             except OSError:
                 # A spare that has died meanwhile, or as good as: its end is told of by its descriptor.
@@ -363,6 +374,7 @@ class EngineHost:
             if not self._listen(child):
                 break
         self._unwatch(child.link.fileno())
+        self._logs.end(child.log)
         crashpoints.crash_point("host.after_exit")
         child.link.close()
         status = os.waitstatus_to_exitcode(wait_status)
@@ -441,8 +453,8 @@ class EngineHost:
 
 
 def main(arguments: list[str]) -> int:
-    """Run an engine host on the listening socket given by number: `LISTENER_FD SOCKET_PATH MEMORY_LIMIT`."""
-    listener_fd, path, memory_limit = int(arguments[0]), Path(arguments[1]), int(arguments[2])
+    """Run an engine host on the listening socket given by number: `LISTENER_FD SOCKET_PATH MEMORY_LIMIT LOG_PATH`."""
+    listener_fd, path, memory_limit, log_path = int(arguments[0]), Path(arguments[1]), int(arguments[2]), Path(arguments[3])
     sandbox.forbid_dumps()
     sandbox.name_process("vtpm-engine")
     sandbox.raise_descriptor_limit(_DESCRIPTORS)
@@ -451,7 +463,7 @@ def main(arguments: list[str]) -> int:
         signal.signal(number, signal.SIG_IGN)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, listener_fd)
     try:
-        EngineHost(listener, memory_limit=memory_limit).run()
+        EngineHost(listener, HostLog(log_path), memory_limit=memory_limit).run()
     finally:
         with contextlib.suppress(OSError):
             path.unlink()

@@ -42,10 +42,11 @@ _IFREQ: Final = struct.Struct("16sh22x")
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
 
-def isolate(hidden: Sequence[str]) -> None:
+def isolate(hidden: Sequence[str], *, owner: int | None = None) -> None:
     """Enter a network with nothing but a loopback and mounts of this process's own, with an empty tmpfs at PRIVATE_DIR.
 
-    The directories in `hidden` become empty, also for what this process starts, which gets no capabilities either.
+    The tmpfs belongs to the user and group `owner`, this process's if it is None. The directories in `hidden` become empty,
+    also for what this process starts, which gets no capabilities either.
 
     Raises:
         EngineError: ENGINE_NOT_ISOLATED; this process must not start anything then.
@@ -55,7 +56,7 @@ def isolate(hidden: Sequence[str]) -> None:
         _mount("/", None, _MS_REC | _MS_PRIVATE, "")
         for path in hidden:
             _mount(path, "tmpfs", _SEALED_OFF | _MS_RDONLY, _SIZE)
-        _mount_private()
+        _mount_private(owner)
         _raise_loopback()
         sandbox.drop_capability_bounds()
     except OSError as error:
@@ -96,12 +97,13 @@ def _mount(target: str, kind: str | None, flags: int, options: str) -> None:
     _check(_libc.mount(b"none", os.fsencode(target), fstype, ctypes.c_ulong(flags), options.encode()), f"mount {target}")
 
 
-def _mount_private() -> None:
+def _mount_private(owner: int | None) -> None:
+    options = _SIZE if owner is None else f"{_SIZE},uid={owner},gid={owner}"
     try:
         # Kept out of swap where the kernel (6.4) and our privileges allow to say so.
-        _mount(str(PRIVATE_DIR), "tmpfs", _SEALED_OFF, f"{_SIZE},noswap")
+        _mount(str(PRIVATE_DIR), "tmpfs", _SEALED_OFF, f"{options},noswap")
     except OSError:
-        _mount(str(PRIVATE_DIR), "tmpfs", _SEALED_OFF, _SIZE)
+        _mount(str(PRIVATE_DIR), "tmpfs", _SEALED_OFF, options)
 
 
 def _raise_loopback() -> None:

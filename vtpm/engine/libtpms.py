@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any, Final
 
+from vtpm.engine.exits import last_words
 from vtpm.engine.libtpms_abi import ffi
 from vtpm.engine.randomness import CHECKSUM_SIZE, freshen
 from vtpm.errors import EngineError
@@ -34,7 +35,13 @@ _STIR_SIZE: Final = 32
 _RC_SUCCESS: Final = 0
 _RC_INITIALIZE: Final = 0x100
 _RC_FAILURE: Final = 0x101
+_OPENSSL_INIT_LOAD_CONFIG: Final = 0x40
 _libc: Final[Any] = _ffi.dlopen(None)
+
+
+def _on_error(kind: type[BaseException], _error: BaseException, _traceback: object) -> None:
+    """Say that a callback failed. cffi would print a traceback, which needs the source files, and a worker has no files."""
+    last_words(f"libtpms' callback failed: {kind.__name__}")
 
 
 class Libtpms:
@@ -69,6 +76,7 @@ class Libtpms:
         self.command = bytearray(MAX_COMMAND_SIZE)
         self._command: Any = _ffi.from_buffer(self.command)
         self._process: Any = self._lib.TPMLIB_Process
+        self._prepare_openssl()
         self._register()
 
     @property
@@ -77,12 +85,25 @@ class Libtpms:
         number = int(self._lib.TPMLIB_GetVersion())
         return f"{number >> 16}.{number >> 8 & 0xFF}.{number & 0xFF}"
 
+    def _prepare_openssl(self) -> None:
+        """Have OpenSSL read its configuration now: later, in a worker, there are no files to be read."""
+        try:
+            # libcrypto's; the dynamic linker finds it among what libtpms needs.
+            prepare = self._lib.OPENSSL_init_crypto
+        except AttributeError:
+            # A libtpms with another library for its cryptography.
+            return
+        if prepare(_OPENSSL_INIT_LOAD_CONFIG, _ffi.NULL) != 1:
+            raise EngineError(
+                "LIBTPMS_FAILED", "OpenSSL can't be initialised", remedy="check OpenSSL's configuration: openssl version -d"
+            )
+
     def _register(self) -> None:
         signatures = _ffi.typeof("struct libtpms_callbacks").fields
         handlers = {name: getattr(self, f"_{name}") for name, _ in signatures if name != "sizeOfStruct"}
         # An exception in a handler must never look like "no state yet": libtpms would manufacture a fresh TPM (invariant 7).
         self._callbacks = {
-            name: _ffi.callback(field.type, handlers[name], error=_TPM_FAIL)
+            name: _ffi.callback(field.type, handlers[name], error=_TPM_FAIL, onerror=_on_error)
             for name, field in signatures
             if name != "sizeOfStruct"
         }

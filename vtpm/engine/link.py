@@ -12,18 +12,20 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Protocol
+from typing import BinaryIO, Final, Protocol
 
 import structlog
 
 from vtpm import crashpoints
 from vtpm.engine import descriptors, validate_host
+from vtpm.engine.host_log import open_log
 from vtpm.engine.v1 import link_pb2 as pb
 from vtpm.engine.validate import ViolationError
 from vtpm.errors import EngineError
 from vtpm.log import SourceLog
 
-_lines: Final = SourceLog(structlog.get_logger("vtpm.engine"))
+log: Final = structlog.get_logger("vtpm.engine")
+_lines: Final = SourceLog(log)
 
 _MAX_MESSAGE_SIZE: Final = 256 << 10
 _START_TIMEOUT_S: Final = 20.0
@@ -231,9 +233,17 @@ def _start_host(path: Path, memory_limit: int, log_path: Path) -> None:
         finally:
             os.umask(previous)
         listener.listen(4)
-        with log_path.open("ab") as log_file:
+        with _log_file(log_path) as log_file:
             subprocess.Popen(
-                [sys.executable, "-m", "vtpm.engine.host", str(listener.fileno()), str(path), str(memory_limit)],
+                [
+                    sys.executable,
+                    "-m",
+                    "vtpm.engine.host",
+                    str(listener.fileno()),
+                    str(path),
+                    str(memory_limit),
+                    str(log_path),
+                ],
                 pass_fds=[listener.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=log_file,
@@ -249,3 +259,12 @@ def _start_host(path: Path, memory_limit: int, log_path: Path) -> None:
         raise EngineError("ENGINE_HOST_START_FAILED", f"the engine host can't be started: {error}") from error
     finally:
         listener.close()
+
+
+def _log_file(path: Path) -> BinaryIO:
+    try:
+        return os.fdopen(open_log(path), "ab")
+    except OSError as error:
+        # No VM waits for a log.
+        log.warning("engine.host_log_not_writable", path=str(path), error=str(error))
+        return Path(os.devnull).open("ab")

@@ -2,6 +2,12 @@
 
 Default-deny system call filter, no new privileges, not dumpable (no core, no ptrace, no /proc/PID/mem by others), resource
 limits, closed descriptors, and death with the engine host. Invariant 4: nothing of the worker's memory reaches a disk.
+
+Code: libtpms calls back into Python, and cffi makes each callback a few instructions at run time, in a page that libffi maps
+writable and executable at once (a page for all, made when Libtpms is). It has to be there before the filter, as the filter
+lets nothing be mapped executable. From then on nobody writes to it any more, so `enter` takes the right to write away first:
+a worker has no memory that is writable and executable, and the filter (no PROT_EXEC in mmap and mprotect, no call that maps a
+file or shared memory) lets it have none.
 """
 
 from __future__ import annotations
@@ -12,87 +18,25 @@ import errno
 import os
 import resource
 import signal
+import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from vtpm.engine.seccomp import pyseccomp
+from vtpm.engine.syscalls import PR_SET_NAME, compile_filter
 from vtpm.errors import EngineError
 
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_DUMPABLE: Final = 4
-_PR_SET_NAME: Final = 15
 _PR_SET_NO_NEW_PRIVS: Final = 38
 _PR_SET_SECCOMP: Final = 22
 _PR_CAPBSET_DROP: Final = 24
 _SECCOMP_MODE_FILTER: Final = 2
-_FIONBIO: Final = 0x5421
+_CAPABILITY_VERSION_3: Final = 0x20080522
+_PROT_READ: Final = 1
 _PROT_EXEC: Final = 4
-# The one file that a worker has is the engine host's log, for its last words.
-_MAX_LOG_SIZE: Final = 16 << 20
-
-# What CPython, libtpms and OpenSSL were seen to need after start-up, and no more. No open, no socket, no connect, no exec, no
-# fork.
-_ALLOWED: Final = (
-    "accept4",
-    "brk",
-    "clock_getres",
-    "clock_gettime",
-    "clock_nanosleep",
-    "close",
-    "epoll_create1",
-    "epoll_ctl",
-    "epoll_pwait",
-    "epoll_wait",
-    "exit",
-    "exit_group",
-    "fcntl",
-    "fstat",
-    "futex",
-    "getpid",
-    "getrandom",
-    "getsockname",
-    "getsockopt",
-    "gettid",
-    "gettimeofday",
-    "getuid",
-    "geteuid",
-    "getgid",
-    "getegid",
-    "lseek",
-    "madvise",
-    "mremap",
-    "munmap",
-    "newfstatat",
-    "poll",
-    "ppoll",
-    "read",
-    "recvfrom",
-    "recvmsg",
-    "restart_syscall",
-    "rt_sigprocmask",
-    "rt_sigreturn",
-    "sched_yield",
-    "sendmsg",
-    "sendto",
-    "sigaltstack",
-    "time",
-    "write",
-)
-# Asked for in passing by libraries; answered with an error instead of death.
-_DENIED_SOFTLY: Final = (
-    "openat",
-    "open",
-    "access",
-    "readlink",
-    "socket",
-    "sysinfo",
-    "prlimit64",
-    "uname",
-    "rt_sigaction",
-    "mbind",
-)
-
+# Of what a program writes that a worker starts.
+_MAX_FILE_SIZE: Final = 16 << 20
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
 
@@ -114,34 +58,12 @@ class _SockFprog(ctypes.Structure):
 
 
 def make_filter() -> Filter:
-    """Compile the system call filter.
+    """Compile the system call filter (vtpm.engine.syscalls).
 
     Raises:
-        EngineError: libseccomp is not installed.
+        EngineError: libseccomp refuses a rule.
     """
-    rules = pyseccomp.SyscallFilter(defaction=pyseccomp.KILL_PROCESS)
-    for name in _ALLOWED:
-        _add(rules, pyseccomp.ALLOW, name)
-    for name in _DENIED_SOFTLY:
-        _add(rules, pyseccomp.ERRNO(errno.EACCES), name)
-    # Memory may be mapped and changed, but never made executable.
-    for name in ("mmap", "mprotect"):
-        rules.add_rule(pyseccomp.ALLOW, name, pyseccomp.Arg(2, pyseccomp.MASKED_EQ, _PROT_EXEC, 0))
-    rules.add_rule(pyseccomp.ALLOW, "prctl", pyseccomp.Arg(0, pyseccomp.EQ, _PR_SET_NAME))
-    rules.add_rule(pyseccomp.ALLOW, "ioctl", pyseccomp.Arg(1, pyseccomp.EQ, _FIONBIO))
-    with open(os.memfd_create("filter"), "rb+") as file:  # noqa: PTH123  # it has no path
-        rules.export_bpf(file)
-        file.seek(0)
-        return Filter(file.read())
-
-
-def _add(rules: Any, action: Any, name: str) -> None:
-    try:
-        rules.add_rule(action, name)
-    except (OSError, ValueError):
-        # A call that this architecture does not have (such as `time` on arm64) needs no rule.
-        if pyseccomp.resolve_syscall(pyseccomp.system_arch(), name) >= 0:
-            raise
+    return Filter(compile_filter())
 
 
 def _prctl(option: int, value: int, address: int = 0) -> None:
@@ -153,7 +75,7 @@ def _prctl(option: int, value: int, address: int = 0) -> None:
 def name_process(name: str) -> None:
     """Give this process a name for `ps` and `top`, of at most 15 characters."""
     text = ctypes.create_string_buffer(name.encode())
-    _libc.prctl(_PR_SET_NAME, text, 0, 0, 0)
+    _libc.prctl(PR_SET_NAME, text, 0, 0, 0)
 
 
 def die_with_parent(parent: int) -> None:
@@ -218,6 +140,18 @@ def drop_capability_bounds() -> None:
         raise OSError(code, os.strerror(code), "PR_CAPBSET_DROP")
 
 
+def drop_capabilities() -> None:
+    """Give up all capabilities of this process, for good once it may not run a program with more."""
+    header = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)
+    # struct __user_cap_data_struct, twice: effective, permitted and inheritable. What is ambient goes with them.
+    present = ctypes.create_string_buffer(24)
+    if _libc.capget(header, present) == 0 and not any(present.raw):
+        # The usual case; then the service's unit does not even allow the call below.
+        return
+    if _libc.capset(header, bytes(24)) != 0:
+        raise EngineError("SANDBOX_FAILED", f"capset failed: {os.strerror(ctypes.get_errno())}")
+
+
 def keep_descriptors(keep: list[int]) -> list[int]:
     """Move `keep` to 3, 4, … in order and close every other descriptor above 2; return the new numbers."""
     highest = max([*keep, 2]) + len(keep) + 1
@@ -230,14 +164,27 @@ def keep_descriptors(keep: list[int]) -> list[int]:
 def restrict(*, memory_limit: int, descriptors: int = 64) -> None:
     """Limits and no new privileges, for this process and what it starts. `memory_limit` in bytes bounds the data segment."""
     forbid_dumps()
-    resource.setrlimit(resource.RLIMIT_FSIZE, (_MAX_LOG_SIZE, _MAX_LOG_SIZE))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (_MAX_FILE_SIZE, _MAX_FILE_SIZE))
     resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
     resource.setrlimit(resource.RLIMIT_DATA, (memory_limit, memory_limit))
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
 
 
 def enter(rules: Filter, *, memory_limit: int) -> None:
-    """Close the door of a worker that starts nothing: `restrict`, no further process, the system call filter."""
+    """Close the door of a worker that starts nothing: `restrict`, no capability, process or file, the system call filter."""
     restrict(memory_limit=memory_limit)
+    drop_capabilities()
     resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    protect_code()
     rules.install()
+
+
+def protect_code() -> None:
+    """Take the right to write away from all memory that is executable; no callback can be made or freed after this."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        where, rights = line.split(maxsplit=2)[:2]
+        if "w" in rights and "x" in rights:
+            start, end = (int(number, 16) for number in where.split("-"))
+            if _libc.mprotect(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _PROT_READ | _PROT_EXEC) != 0:
+                raise EngineError("SANDBOX_FAILED", f"mprotect failed: {os.strerror(ctypes.get_errno())}")

@@ -13,13 +13,16 @@ import signal
 import socket
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
-from vtpm.engine.exits import EXIT_POWERED_OFF, EXIT_STOPPED
+from vtpm.engine import worker_uids
+from vtpm.engine.exits import EXIT_POWERED_OFF, EXIT_STOPPED, last_words
 from vtpm.engine.framing import frame, receive_frame
 from vtpm.engine.libtpms import Libtpms
+from vtpm.engine.log_pipes import WorkerOutput, make_pipe, speak_into
 from vtpm.engine.v1 import link_pb2 as pb
 from vtpm.engine.worker import CONNECT, Worker
 from vtpm.errors import EngineError, VtpmError
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
 _EPOCH: Final = 1
 _COMMIT_TIMEOUT_MS: Final = 60_000
 _MEMORY_LIMIT: Final = 256 << 20
+# Between two looks at a worker that says too much; and the longest that its last words are waited for.
+_PAUSE_S: Final = 1.0
 _ENDED_WELL: Final = (EXIT_STOPPED, EXIT_POWERED_OFF)
 
 
@@ -48,7 +53,8 @@ class _NoOperations:
 class StandaloneTpm:
     """One worker and its state. `keep` makes a state durable; what it raises ends the run.
 
-    Without the system call filter if `filtered` is false, for whoever debugs. The worker's last words go to `errors_fd`.
+    Without the system call filter if `filtered` is false, for whoever debugs. The worker's last words go to `errors_fd`, which
+    it does not have itself (vtpm.engine.log_pipes).
     """
 
     def __init__(self, keep: Callable[[bytes], None], *, filtered: bool = True, errors_fd: int = 2) -> None:
@@ -60,6 +66,7 @@ class StandaloneTpm:
             from vtpm.engine import sandbox
 
             self._filter = sandbox.make_filter()
+        self._own_user = not worker_uids.why_not()
         self._data_key = os.urandom(32)
         self._instance = uuid.uuid4()
         self._requests = 0
@@ -77,13 +84,14 @@ class StandaloneTpm:
         """Return the state of a fresh TPM without keys, as swtpm makes one; a process of its own makes it."""
         receiver, sender = socket.socketpair()
         with receiver, sender:
-            pid = self._fork([sender.fileno()], self._prepare_manufacture)
+            pid, output = self._fork([sender.fileno()], self._prepare_manufacture)
             sender.close()
             try:
                 state = receive_frame(receiver)
             except EOFError:
                 state = b""
         _, status = os.waitpid(pid, 0)
+        output.end()
         if status or not state:
             raise EngineError("MANUFACTURE_INCOMPLETE", "libtpms made no TPM")
         return state
@@ -92,12 +100,15 @@ class StandaloneTpm:
         """Fork the worker and give it its state; the TPM is not initialised yet (`connect`, INIT)."""
         ends = [socket.socketpair() for _ in range(3)]
         self._host, self._ops, self._commits = (ours for ours, _ in ends)
-        self.pid = self._fork([theirs.fileno() for _, theirs in ends], self._prepare_work)
+        self.pid, output = self._fork([theirs.fileno() for _, theirs in ends], self._prepare_work)
         self.pidfd = os.pidfd_open(self.pid)
         for _, theirs in ends:
             theirs.close()
         # A thread, as a commit waits for the disk while the loop may wait for the very answer that this commit holds up.
         threading.Thread(target=self._serve_commits, name="vtpm-commit", daemon=True).start()
+        # Another, as whoever reads the log may let it wait.
+        self._listener = threading.Thread(target=self._listen, args=(output,), name="vtpm-log", daemon=True)
+        self._listener.start()
         place = Place(self._instance, StateKind.PERMANENT, 0, 1)
         self._ask(
             pb.WorkerRequest(
@@ -112,24 +123,27 @@ class StandaloneTpm:
             )
         )
 
-    def _fork(self, keep: list[int], prepare: Callable[[list[int]], Callable[[], None]]) -> int:
-        """Fork; the child keeps these descriptors, prepares, goes behind the wall and runs."""
+    def _fork(self, keep: list[int], prepare: Callable[[list[int]], Callable[[], None]]) -> tuple[int, WorkerOutput]:
+        """Fork; the child keeps these descriptors, prepares, goes behind the wall and runs. Returns its number and its pipe."""
         from vtpm.engine import sandbox
 
         parent = os.getpid()
+        output, output_end = make_pipe()
         sys.stderr.flush()
         pid = os.fork()
         if pid:
-            return pid
+            os.close(output_end)
+            return pid, WorkerOutput(output, lambda: "the TPM's process", self._say)
         status = 1
         try:
+            speak_into(output_end)
+            if self._own_user:
+                worker_uids.become_own()
             sandbox.die_with_parent(parent)
             # A signal to the whole group is for the parent, which ends the worker in order.
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, signal.SIG_IGN)
-            null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-            for fd, source in ((2, self._errors_fd), (0, null), (1, null)):
-                os.dup2(source, fd)
+            os.dup2(os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC), 0)
             run = prepare(sandbox.keep_descriptors(keep))
             if self._filter is None:
                 sandbox.restrict(memory_limit=_MEMORY_LIMIT)
@@ -138,11 +152,25 @@ class StandaloneTpm:
             run()
             status = 0
         except BaseException as error:  # noqa: BLE001  # a forked child must never return into the parent's code
-            with contextlib.suppress(OSError):
-                sys.stderr.write(f"worker start: {type(error).__name__}: {error}\n")
-                sys.stderr.flush()
+            last_words(f"worker start: {type(error).__name__}: {error}")
         finally:
             os._exit(status)
+
+    def _say(self, line: str) -> None:
+        with contextlib.suppress(OSError):
+            os.write(self._errors_fd, f"{line}\n".encode())
+
+    def _listen(self, output: WorkerOutput) -> None:
+        """Hand on what the worker says, until its end."""
+        poller = select.poll()
+        poller.register(output.fd, select.POLLIN)
+        more = True
+        while more:
+            poller.poll()
+            more, modest = output.read(time.monotonic())
+            if not modest:
+                time.sleep(_PAUSE_S)
+        output.end()
 
     def _prepare_manufacture(self, fds: list[int]) -> Callable[[], None]:
         sender = socket.socket(fileno=fds[0])
@@ -216,5 +244,7 @@ class StandaloneTpm:
         if not poller.poll(timeout_s * 1000):
             signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
         _, wait_status = os.waitpid(self.pid, 0)
+        # Its last words, unless nobody takes them.
+        self._listener.join(_PAUSE_S)
         status = os.waitstatus_to_exitcode(wait_status)
         return "" if status in _ENDED_WELL else self.failure or f"the TPM's process ended with status {status}"

@@ -43,10 +43,13 @@ _COMMAND_TIMEOUT_S: Final = 120.0
 _REMEDY: Final = "check that tpm_server_path names ibmswtpm2's tpm_server and that it starts; reset the instance"
 
 
-def in_new_worker(program: str, hidden: Sequence[str]) -> TpmServer:
-    """Isolate this process and return its TPM; one that says why and refuses to start if the host does not allow that."""
+def in_new_worker(program: str, hidden: Sequence[str], *, owner: int | None = None) -> TpmServer:
+    """Isolate this process and return its TPM; one that says why and refuses to start if the host does not allow that.
+
+    `owner` is the user that the process will be, this one's if it is None.
+    """
     try:
-        isolate(hidden)
+        isolate(hidden, owner=owner)
     except EngineError as error:
         return TpmServer(program, PRIVATE_DIR, refusal=error)
     return TpmServer(program, PRIVATE_DIR)
@@ -144,6 +147,12 @@ class TpmServer:
     def _start(self) -> None:
         if self._refusal is not None:
             raise self._refusal
+        if not os.access(self._program, os.X_OK):
+            raise EngineError(
+                "TPM_SERVER_START_FAILED",
+                f"the worker's user {os.getuid()} has no program that it may run at {self._program}",
+                remedy="let all users run the program and pass through its directories: each worker is a user of its own",
+            )
         self._spawn()
         try:
             deadline = time.monotonic() + _START_TIMEOUT_S
@@ -192,7 +201,10 @@ class TpmServer:
             if left <= 0:
                 raise TimeoutError(f"nothing listens on port {port}")
             try:
-                with socket.create_connection((_ADDRESS, port), left) as sock:
+                # Not create_connection, which has Python load the codec for names: this user may have no right to its files.
+                with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
+                    sock.settimeout(left)
+                    sock.connect((_ADDRESS, port))
                     sock.sendall(question)
                     while answer_size > 0:
                         part = sock.recv(answer_size)

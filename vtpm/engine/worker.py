@@ -9,7 +9,6 @@ import contextlib
 import os
 import select
 import socket
-import sys
 from typing import TYPE_CHECKING, Final, NoReturn, TypeAlias
 
 from vtpm.engine import descriptors, sandbox
@@ -17,7 +16,7 @@ from vtpm.engine.channels import DataChannels
 from vtpm.engine.control import ControlChannel
 from vtpm.engine.durable import DurableState, await_readable
 from vtpm.engine.duties import Duties
-from vtpm.engine.exits import EXIT_POWERED_OFF, EXIT_STOPPED, EXIT_TPM_FAILED, Exit
+from vtpm.engine.exits import EXIT_POWERED_OFF, EXIT_STOPPED, EXIT_TPM_FAILED, Exit, last_words
 from vtpm.engine.framing import FrameReader, frame
 from vtpm.engine.hibernation import Hibernation
 from vtpm.engine.platform import VmPlatform
@@ -131,9 +130,7 @@ class Worker:
         except Exit as end:
             status = end.status
         except BaseException as error:  # noqa: BLE001  # the last frame of the process: say what it was, never what it held
-            with contextlib.suppress(OSError):
-                sys.stderr.write(f"worker {self._durable.instance}: {type(error).__name__}\n")
-                sys.stderr.flush()
+            last_words(f"worker {self._durable.instance}: {type(error).__name__}")
         if self._tpm.lifeline >= 0:
             # Ended here, so that nobody else has to reap it; if this worker is killed, the kernel ends it too.
             with contextlib.suppress(OSError):
