@@ -48,6 +48,13 @@ class Doors:
             self._epoll.unregister(listener.fileno())
         listener.close()
 
+    def pause(self, listener: socket.socket, seconds: float) -> None:
+        """Leave what comes to `listener` in its backlog for a while."""
+        fd = listener.fileno()
+        if fd in self._doors:
+            self._epoll.modify(fd, 0)
+            asyncio.get_running_loop().call_later(seconds, self._resume, fd, listener)
+
     def close(self) -> None:
         """Close all of them."""
         if self._loop is not None:
@@ -72,8 +79,7 @@ class Doors:
                 log.error("wire.accept_failed", error=error.strerror)
                 if error.errno in _OUT_OF_DESCRIPTORS:
                     # The connection would make this listener readable again at once, and for ever.
-                    self._epoll.modify(fd, 0)
-                    asyncio.get_running_loop().call_later(_RETRY_S, self._resume, fd, listener)
+                    self.pause(listener, _RETRY_S)
                 continue
             on_connection(connection)
 

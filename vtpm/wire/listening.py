@@ -41,12 +41,18 @@ class QuietLog:
 
     def warning(self, event: str, subject: Hashable, **fields: object) -> None:
         """Log, unless it was said just now. `subject` is not logged."""
+        omitted = self.due(event, subject)
+        if omitted is not None:
+            log.warning(event, **fields, **({"omitted": omitted} if omitted else {}))
+
+    def due(self, event: str, subject: Hashable) -> int | None:
+        """Return how often it was left out since it was last said; None if it is to be left out now."""
         now = time.monotonic()
         until, omitted = self._said.get((event, subject), (0.0, 0))
         if now < until:
             self._said[event, subject] = (until, omitted + 1)
-            return
+            return None
         if len(self._said) >= _MAX_SUBJECTS:
             self._said.clear()
         self._said[event, subject] = (now + _QUIET_S, 0)
-        log.warning(event, **fields, **({"omitted": omitted} if omitted else {}))
+        return omitted
