@@ -121,7 +121,7 @@ class Settings(BaseSettings):
         default=32, ge=1, le=1024, description="How many gRPC calls may be under way at once on one guest socket."
     )
     max_guest_connections: int = Field(
-        default=8, ge=1, le=256, description="How many connections one guest socket takes; more are closed."
+        default=4, ge=1, le=256, description="How many connections one guest socket takes; more are closed."
     )
     max_all_guest_connections: int = Field(
         default=1024,

@@ -52,7 +52,7 @@ _REFUSALS_AT_ONCE: Final = 256
 _REFUSALS_PER_S: Final = 2000.0
 _DOOR_PAUSE_S: Final = 0.1
 # Large messages of all guests under way at once, each of a mebibyte.
-_LARGE_AT_ONCE: Final = 16
+_LARGE_AT_ONCE: Final = 8
 # How long a message may take from its first byte on where gRPC does not tell us that it has begun, in times of the request's.
 _MESSAGE_TIMES: Final = 1.5
 
@@ -63,6 +63,7 @@ ServerFactory = Callable[[InstanceRecord, GuestFlow], grpc.aio.Server]
 class _Slot:
     """What an instance should have (`wanted`, None for nothing) and what it has: a door, and a server once somebody came."""
 
+    flow: GuestFlow
     wanted: InstanceRecord | None = None
     door: socket.socket | None = None
     path: Path | None = None
@@ -74,7 +75,6 @@ class _Slot:
     opening: asyncio.Future[Path] | None = None
     connections: set[asyncio.Task[None]] = field(default_factory=set)
     lingering: asyncio.TimerHandle | None = None
-    flow: GuestFlow = field(default_factory=GuestFlow)
     pace: TokenBucket = field(default_factory=lambda: TokenBucket(_CONNECTIONS_PER_S, _CONNECTIONS_AT_ONCE))
 
     @property
@@ -128,7 +128,7 @@ class GuestServers:
         if slot is None:
             if not serves:
                 return
-            slot = self._slots[record.id] = _Slot()
+            slot = self._slots[record.id] = _Slot(GuestFlow(self._turns))
         slot.wanted = record if serves else None
         if not slot.settled and (slot.task is None or slot.task.done()):
             slot.task = asyncio.get_running_loop().create_task(self._reconcile(record.id, slot))
@@ -171,7 +171,7 @@ class GuestServers:
     def _knock(self, slot: _Slot, record: InstanceRecord, connection: socket.socket) -> None:
         """Take a connection in, or turn it away; nothing has been made for it yet but a descriptor."""
         connection.setblocking(False)
-        guarded = GuardedConnection(connection, slot.flow, self._large, self._turns, self._message_timeout_s)
+        guarded = GuardedConnection(connection, slot.flow, self._large, self._message_timeout_s)
         if not self._shares.enter(record.id, guarded):
             connection.close()
             self._turned_away(slot, record)

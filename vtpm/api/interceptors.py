@@ -82,6 +82,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: grpc.HandlerCallDetails
     ) -> Any:
         """Return the handler of a method, surrounded; None for an unknown method, which gRPC answers itself."""
+        self.admission.seen()
         method = handler_call_details.method
         wrapped = self._wrapped.get(method)
         if wrapped is None:

@@ -101,6 +101,9 @@ class OperatorAdmission:
         """The call has ended."""
         self._limits.leave_operator()
 
+    def seen(self) -> None:
+        """GRPC has come with a call."""
+
     def in_vain(self) -> None:
         """A call was refused, or given up."""
 
@@ -136,6 +139,10 @@ class GuestAdmission:
         """The call has ended."""
         self._calls -= 1
         self._limits.leave_guest(self._calls)
+
+    def seen(self) -> None:
+        """GRPC has come with a call."""
+        self._flow.seen()
 
     def in_vain(self) -> None:
         """A call was refused, or given up before its answer: nothing of this guest is read for a while."""

@@ -161,6 +161,9 @@ class Admission(Protocol):
     def leave(self) -> None:
         """A call that was let in has ended, its answer sent."""
 
+    def seen(self) -> None:
+        """GRPC has come with a call, which is not counted yet."""
+
     def in_vain(self) -> None:
         """A call was refused, or given up before its answer."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,6 +38,7 @@ from vtpm.api.v1.tpm_pb2_grpc import add_TpmServiceServicer_to_server
 from vtpm.store.model import InstanceRecord
 from vtpm.wire.guarded import GuestFlow
 from vtpm.wire.http2 import MAX_FRAME_SIZE
+from vtpm.wire.listening import Seldom
 from vtpm.wire.shares import ConnectionShares
 
 log: Final = structlog.get_logger("vtpm.api")
@@ -48,6 +50,8 @@ TPM_SERVICE: Final = "vtpm.v1.TpmService"
 CERTIFICATE_SERVICE: Final = "vtpm.v1.CertificateService"
 ACTIVATION_SERVICE: Final = "vtpm.v1.ActivationService"
 
+# Where grpc.aio tells of calls that ended otherwise than it expected: at any client's will.
+_GRPC_LOG: Final = logging.getLogger("grpc._cython.cygrpc")
 _KEEPALIVE_MS: Final = 60_000
 _KEEPALIVE_TIMEOUT_MS: Final = 20_000
 _SHORTEST_PING_INTERVAL_MS: Final = 10_000
@@ -65,6 +69,9 @@ _GUEST_OPTIONS: Final = (
     ("grpc.http2.lookahead_bytes", _GUEST_REQUEST_BYTES),
     ("grpc.http2.bdp_probe", 0),
     ("grpc.http2.max_frame_size", MAX_FRAME_SIZE),
+    # Of a message that has begun gRPC makes room for the rest at once otherwise.
+    ("grpc.experimental.tcp_read_chunk_size", 8 << 10),
+    ("grpc.experimental.tcp_max_read_chunk_size", 16 << 10),
     # A few KiB that become a mebibyte are no message of a guest's.
     ("grpc.compression_enabled_algorithms_bitset", 1),
     ("grpc.max_metadata_size", 4 << 10),
@@ -116,6 +123,7 @@ class ApiServer:
         )
         self._tracing = open_tracing(settings.otel_endpoint)
         self._operators: grpc.aio.Server | None = None
+        self._seldom = Seldom()
 
     async def start(self) -> None:
         """Listen for operators, then bring up the guest sockets of what runs already.
@@ -124,6 +132,7 @@ class ApiServer:
             ConfigError: a setting can't be used.
             UnavailableError: the socket can't be made.
         """
+        _GRPC_LOG.addFilter(self._seldom)
         path = self._operator_socket
         group = group_id(self._settings.socket_group)
         self._operators = self._operator_server()
@@ -150,6 +159,7 @@ class ApiServer:
         await asyncio.gather(self._stop_operators(None), self._guests.close(None))
         await self._drain.cut()
         await asyncio.to_thread(self._tracing.close)
+        _GRPC_LOG.removeFilter(self._seldom)
 
     async def _stop_operators(self, grace_s: float | None) -> None:
         server, self._operators = self._operators, None

@@ -11,11 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-import structlog
-
 from vtpm.errors import UnavailableError
-
-log: Final = structlog.get_logger("vtpm.wire")
+from vtpm.wire.listening import QuietLog
 
 _BACKLOG: Final = 128
 _MAX_EVENTS: Final = 64
@@ -32,6 +29,7 @@ class Doors:
         self._epoll = select.epoll()
         self._doors: dict[int, tuple[socket.socket, OnConnection]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._quiet = QuietLog()
 
     def add(self, listener: socket.socket, on_connection: OnConnection) -> None:
         """Take connections of `listener`, which becomes this object's, until `remove`."""
@@ -76,7 +74,7 @@ class Doors:
             except BlockingIOError:
                 continue
             except OSError as error:
-                log.error("wire.accept_failed", error=error.strerror)
+                self._quiet.warning("wire.accept_failed", error.errno, error=error.strerror)
                 if error.errno in _OUT_OF_DESCRIPTORS:
                     # The connection would make this listener readable again at once, and for ever.
                     self.pause(listener, _RETRY_S)

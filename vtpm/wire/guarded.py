@@ -16,9 +16,12 @@ from vtpm.wire.http2 import MessageWatch
 from vtpm.wire.turns import Turns
 
 # Read at once, and so what one direction of a connection holds here. A silent connection holds nothing.
-_CHUNK_SIZE: Final = 16 << 10
+_CHUNK_SIZE: Final = 8 << 10
+# For who begins several calls at once: a turn should not take much longer than others' turns.
+_SMALL_CHUNK_SIZE: Final = 512
+_LARGE_CHUNK_SIZE: Final = 64 << 10
 # Each connection may leave so much of its messages unfinished: a TPM command and all around it is smaller.
-_FREE_SIZE: Final = 16 << 10
+_FREE_SIZE: Final = 8 << 10
 # How long a client may take no bytes that are there for it, how long an answer may flow on after its request's end, and how
 # long a large message may wait for its turn.
 _STALL_TIMEOUT_S: Final = 60.0
@@ -26,6 +29,13 @@ _HALF_CLOSED_TIMEOUT_S: Final = 60.0
 _LARGE_TIMEOUT_S: Final = 120.0
 # A guest that has had its fill waits, but no longer than this.
 _LONGEST_PAUSE_S: Final = 5.0
+# So much a guest may send a second that nobody takes. What is under way when a server ends a stream is that too.
+_WASTED_PER_S: Final = 1 << 20
+# What a call costs a guest that it gives up at once: gRPC has had the work of it.
+_GIVEN_UP_PAUSE_S: Final = 0.05
+# When gRPC has not come back with a call for so long it never will, as something is wrong with it; then the guest waits.
+_UNSEEN_TIMEOUT_S: Final = 0.25
+_UNSEEN_PAUSE_S: Final = 1.0
 
 
 class LargeMessages:
@@ -36,33 +46,76 @@ class LargeMessages:
 
 
 class GuestFlow:
-    """What the connections of one guest share: its pause, and its one large message."""
+    """What the connections of one guest share: its pause, its one large message, its calls that gRPC has not come back with."""
 
-    def __init__(self) -> None:
+    def __init__(self, turns: Turns | None = None) -> None:
         self.large = asyncio.Lock()
+        # Small at first: how much a guest puts into it is not known yet.
+        self.chunk_size = _SMALL_CHUNK_SIZE
+        self._turns = turns or Turns()
+        self._one = asyncio.Lock()
         self._until = 0.0
+        self._unseen = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._settled = asyncio.Event()
+        self._settled.set()
 
     def brake(self, seconds: float) -> None:
         """Read nothing of this guest for `seconds` more: what it asks for beyond its share costs it time, not others."""
         now = time.monotonic()
         self._until = min(max(now, self._until) + seconds, now + _LONGEST_PAUSE_S)
 
-    @property
-    def pause_s(self) -> float:
-        """How long nothing is to be read."""
-        return self._until - time.monotonic()
+    async def turn(self) -> None:
+        """Return when something of this guest may be read: in its turn among all guests, however many connections it has."""
+        async with self._one:
+            await self._turn()
+
+    async def _turn(self) -> None:
+        while True:
+            if (pause := self._until - time.monotonic()) > 0:
+                await asyncio.sleep(pause)
+            elif self._unseen:
+                await self._settled.wait()
+            else:
+                await self._turns.wait()
+                if not self._unseen:
+                    return
+
+    def handed_over(self, calls: int) -> None:
+        """Count calls that gRPC is given."""
+        self.chunk_size = max(_SMALL_CHUNK_SIZE, self.chunk_size // 2) if calls > 1 else min(_CHUNK_SIZE, self.chunk_size * 2)
+        if calls:
+            self._unseen += calls
+            self._turns.handed_over(calls)
+            self._settled.clear()
+            if self._timer is None:
+                self._timer = asyncio.get_running_loop().call_later(_UNSEEN_TIMEOUT_S, self._give_up)
+
+    def seen(self, calls: int = 1) -> None:
+        """Count calls that gRPC has come back with, or refused by itself."""
+        calls = min(calls, self._unseen)
+        if calls:
+            self._unseen -= calls
+            self._turns.seen(calls)
+            if not self._unseen:
+                self._settled.set()
+                if self._timer is not None:
+                    self._timer.cancel()
+                    self._timer = None
+
+    def _give_up(self) -> None:
+        self._timer = None
+        self.seen(self._unseen)
+        self.brake(_UNSEEN_PAUSE_S)
 
 
 class GuardedConnection:
     """Carries bytes between `client` and gRPC. `message_timeout_s`: how long a message may take from its first byte on."""
 
-    def __init__(
-        self, client: socket.socket, flow: GuestFlow, large: LargeMessages, turns: Turns, message_timeout_s: float
-    ) -> None:
+    def __init__(self, client: socket.socket, flow: GuestFlow, large: LargeMessages, message_timeout_s: float) -> None:
         self._client = client
         self._flow = flow
         self._large = large
-        self._turns = turns
         self._message_timeout_s = message_timeout_s
         self._watch = MessageWatch()
         # Since when it has a large message under way.
@@ -109,9 +162,13 @@ class GuardedConnection:
         with contextlib.suppress(ConnectionError):
             while data := await self._next():
                 self.active = time.monotonic()
-                opened = self._watch.sent(data, self.active)
-                # Each call that begins keeps the loop busy for longer than its bytes do.
-                self._turns.charge(opened)
+                sent = self._watch.sent(data, self.active)
+                self._flow.handed_over(sent.opened)
+                if sent.given_up:
+                    self._flow.seen(sent.given_up)
+                    self._flow.brake(sent.given_up * _GIVEN_UP_PAUSE_S)
+                if sent.wasted:
+                    self._flow.brake(sent.wasted / _WASTED_PER_S)
                 await loop.sock_sendall(inner, data)
                 self._settle()
         with contextlib.suppress(OSError):
@@ -122,11 +179,9 @@ class GuardedConnection:
         if self._watch.unfinished > _FREE_SIZE and self._large_since is None:
             await self._wait_for_room()
         while True:
-            if (pause := self._flow.pause_s) > 0:
-                await asyncio.sleep(pause)
-            await self._turns.wait()
+            await self._flow.turn()
             try:
-                return self._client.recv(_CHUNK_SIZE)
+                return self._client.recv(self._flow.chunk_size if self._large_since is None else _LARGE_CHUNK_SIZE)
             except BlockingIOError:
                 await self._readable()
 
@@ -182,7 +237,8 @@ class GuardedConnection:
         loop = asyncio.get_running_loop()
         with contextlib.suppress(ConnectionError):
             while data := await loop.sock_recv(inner, _CHUNK_SIZE):
-                self._watch.answered(data)
+                if refused := self._watch.answered(data):
+                    self._flow.seen(refused)
                 self._settle()
                 async with asyncio.timeout(_STALL_TIMEOUT_S):
                     await loop.sock_sendall(self._client, data)

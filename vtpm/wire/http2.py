@@ -105,15 +105,28 @@ class _Message:
         return len(self.prefix) == _PREFIX_SIZE and not self.missing
 
 
+class Sent(NamedTuple):
+    """What a client's bytes came to.
+
+    Streams that they open, streams that they give up before the server said anything, and bytes of streams that have ended.
+    """
+
+    opened: int
+    given_up: int
+    wasted: int
+
+
 class MessageWatch:
     """Follows both directions of one connection from its first byte."""
 
     def __init__(self) -> None:
         self._from_client = _Frames(len(PREFACE), MAX_FRAME_SIZE)
         self._from_server = _Frames()
-        # None where a stream is between two messages.
+        # Streams that the client has not ended; None where one is between two messages.
         self._streams: dict[int, _Message | None] = {}
         self._highest = 0
+        # Streams of which the server has said nothing yet.
+        self._unanswered: set[int] = set()
         # When the message that a stream is sending began; the oldest is the first.
         self._began: dict[int, float] = {}
         self.unfinished = 0
@@ -123,43 +136,58 @@ class MessageWatch:
         """When the oldest of the messages began that are not whole yet."""
         return next(iter(self._began.values()), None)
 
-    def sent(self, data: bytes, now: float) -> int:
-        """Take note of what the client sent, at the time `now`; return how many streams it opened with that.
+    def sent(self, data: bytes, now: float) -> Sent:
+        """Take note of what the client sent, at the time `now`.
 
         Raises:
             InvalidArgumentError: HTTP2_FRAME_TOO_LARGE, HTTP2_PADDED, HTTP2_TOO_MANY_STREAMS.
         """
-        opened = 0
+        opened = given_up = wasted = 0
         for piece in self._from_client.feed(memoryview(data)):
             if piece.kind == _DATA:
                 if piece.flags & _PADDED:
                     # No gRPC client pads, and where padding begins is one more thing to get wrong.
                     raise InvalidArgumentError("HTTP2_PADDED", "a DATA frame is padded")
-                self._add(piece.stream, piece.payload, now)
+                if piece.stream in self._streams:
+                    self._add(piece.stream, piece.payload, now)
+                else:
+                    # gRPC drops what comes for a stream that has ended, or never began.
+                    wasted += len(piece.payload)
             elif piece.kind == _HEADERS and piece.last and piece.stream % 2 and piece.stream > self._highest:
-                if len(self._streams) >= _MAX_STREAMS:
-                    raise InvalidArgumentError("HTTP2_TOO_MANY_STREAMS", f"at most {_MAX_STREAMS} streams are followed")
-                self._highest = piece.stream
-                self._streams[piece.stream] = None
+                self._open(piece.stream)
                 opened += 1
             if piece.last and self._ends(piece):
                 self._forget(piece.stream)
-        return opened
+                if piece.kind == _RST_STREAM and piece.stream in self._unanswered:
+                    self._unanswered.remove(piece.stream)
+                    given_up += 1
+        return Sent(opened, given_up, wasted)
 
-    def answered(self, data: bytes) -> None:
-        """Take note of what the server sent; a stream that the server has ended holds nothing."""
+    def answered(self, data: bytes) -> int:
+        """Take note of what the server sent; a stream that it has ended holds nothing. Return how many streams it refused."""
+        refused = 0
         for piece in self._from_server.feed(memoryview(data)):
-            if piece.last and self._ends(piece):
+            if not piece.last:
+                continue
+            if piece.kind in (_HEADERS, _RST_STREAM) and piece.stream in self._unanswered:
+                self._unanswered.remove(piece.stream)
+                refused += piece.kind == _RST_STREAM
+            if self._ends(piece):
                 self._forget(piece.stream)
+        return refused
 
     @staticmethod
     def _ends(piece: _Piece) -> bool:
         return piece.kind == _RST_STREAM or (piece.kind in (_DATA, _HEADERS) and bool(piece.flags & _END_STREAM))
 
+    def _open(self, stream: int) -> None:
+        if max(len(self._streams), len(self._unanswered)) >= _MAX_STREAMS:
+            raise InvalidArgumentError("HTTP2_TOO_MANY_STREAMS", f"at most {_MAX_STREAMS} streams are followed")
+        self._highest = stream
+        self._streams[stream] = None
+        self._unanswered.add(stream)
+
     def _add(self, stream: int, data: memoryview, now: float) -> None:
-        if stream not in self._streams:
-            # It has ended, or never began: gRPC drops what comes for it.
-            return
         while data:
             message = self._streams[stream]
             if message is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 import time
 from collections.abc import Callable, Hashable
@@ -56,3 +57,15 @@ class QuietLog:
             self._said.clear()
         self._said[event, subject] = (now + _QUIET_S, 0)
         return omitted
+
+
+class Seldom(logging.Filter):
+    """Lets the same message of the standard library's logging through once in ten seconds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._quiet = QuietLog()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a record is to be written."""
+        return self._quiet.due(record.name, (record.pathname, record.lineno, str(record.msg)[:80])) is not None

@@ -7,29 +7,42 @@ from collections import deque
 from typing import Final
 
 _EACH_PASS: Final = 4
+_MOST_UNSEEN: Final = 8
 
 
 class Turns:
-    """Lets a few go in each pass of the event loop, in the order in which they came. Used from the event loop only."""
+    """Lets a few go in each pass of the event loop, in the order in which they came. Used from the event loop only.
 
-    def __init__(self, each_pass: int = _EACH_PASS) -> None:
+    Nobody goes while `most_unseen` calls or more have been handed to gRPC that it has not come back with yet: it works through
+    all that it was given in one go, however much that is.
+    """
+
+    def __init__(self, each_pass: int = _EACH_PASS, most_unseen: int = _MOST_UNSEEN) -> None:
         self._each_pass = each_pass
+        self._most_unseen = most_unseen
         self._left = each_pass
+        self._unseen = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._scheduled = False
 
-    async def wait(self, cost: int = 1) -> None:
-        """Return when it is the caller's turn; at once if few others want one. `cost`: how many turns it takes."""
-        if self._left <= 0 or self._waiting:
+    async def wait(self) -> None:
+        """Return when it is the caller's turn; at once if few others want one."""
+        if self._left <= 0 or self._waiting or self._unseen >= self._most_unseen:
             turn = asyncio.get_running_loop().create_future()
             self._waiting.append(turn)
             self._schedule()
             await turn
-        self.charge(cost)
+        else:
+            self._left -= 1
+            self._schedule()
 
-    def charge(self, cost: int) -> None:
-        """Count turns that were taken without waiting."""
-        self._left -= cost
+    def handed_over(self, calls: int) -> None:
+        """Count calls that gRPC is given."""
+        self._unseen += calls
+
+    def seen(self, calls: int) -> None:
+        """Count calls that gRPC has come back with."""
+        self._unseen -= calls
         self._schedule()
 
     def _schedule(self) -> None:
@@ -39,12 +52,11 @@ class Turns:
 
     def _pass(self) -> None:
         self._scheduled = False
-        self._left = min(self._left + self._each_pass, self._each_pass)
-        room = self._left
-        while self._waiting and room > 0:
+        self._left = self._each_pass
+        while self._waiting and self._left > 0 and self._unseen < self._most_unseen:
             turn = self._waiting.popleft()
             if not turn.done():
                 turn.set_result(None)
-                room -= 1
-        if self._waiting or self._left < self._each_pass:
+                self._left -= 1
+        if self._waiting and self._unseen < self._most_unseen:
             self._schedule()
