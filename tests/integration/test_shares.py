@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import resource
 import socket
@@ -55,7 +54,7 @@ def resident(daemon: DaemonProcess) -> int:
 
 
 def descriptors(daemon: DaemonProcess) -> int:
-    return len(os.listdir(f"/proc/{pid_of(daemon)}/fd"))
+    return sum(1 for _ in Path(f"/proc/{pid_of(daemon)}/fd").iterdir())
 
 
 def is_served(daemon: DaemonProcess, instance: pb.Instance) -> None:
@@ -190,7 +189,8 @@ def test_when_all_connections_are_taken_a_guest_without_one_gets_one() -> None:
 def test_a_request_that_does_not_come_is_given_up_by_name(bounded: DaemonProcess) -> None:
     sock = http2.connect(bounded.running("late").guest_socket)
     sock.sendall(http2.call(1, http2.EXECUTE) + http2.message(1, bytes(100))[:-1])
-    hear(sock, b"REQUEST_LATE")
+    hear(sock, b"the request was not there")
+    eventually(lambda: "REQUEST_LATE" in bounded.log_text())
     sock.close()
 
 
@@ -204,7 +204,8 @@ def test_a_stream_whose_message_does_not_end_is_cut(bounded: DaemonProcess) -> N
 
 def test_a_stream_without_messages_ends_by_name(bounded: DaemonProcess) -> None:
     sock = open_streams(bounded.running("idle").guest_socket, 1)
-    hear(sock, b"STREAM_IDLE")
+    hear(sock, b"no message has come or gone")
+    eventually(lambda: "STREAM_IDLE" in bounded.log_text())
     sock.close()
 
 

@@ -226,7 +226,7 @@ class _Call:
                 "STREAM_IDLE",
                 f"no message has come or gone for {idle_s:g} s",
                 remedy="call again when there is something to ask",
-                kind=ErrorKind.UNAVAILABLE,
+                kind=ErrorKind.ABORTED,
             ) from None
 
     def heard(self, patience: asyncio.Timeout) -> None:
