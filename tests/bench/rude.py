@@ -33,25 +33,30 @@ def _connect(path: str) -> socket.socket | None:
 
 
 class _Peer:
-    """One connection, made anew whenever the daemon ends it; `say` gives what is sent next, and None for nothing more."""
+    """One connection, made anew whenever the daemon ends it; `say` gives what is sent next, empty for nothing now."""
 
-    def __init__(self, path: str, say: Callable[[], Iterator[bytes]]) -> None:
+    def __init__(self, path: str, say: Callable[[http2.Windows], Iterator[bytes]]) -> None:
         self._path = path
         self._say = say
         self._sock: socket.socket | None = None
         self._words: Iterator[bytes] = iter(())
         self._left = b""
+        self._windows = http2.Windows()
 
     def go_on(self) -> bool:
         """Do the next thing; return whether anything could be done."""
         if self._sock is None:
             self._sock = _connect(self._path)
-            self._words, self._left = self._say(), b""
+            self._windows = http2.Windows()
+            self._words, self._left = self._say(self._windows), b""
             return self._sock is not None
         try:
             with contextlib.suppress(BlockingIOError):
-                if not self._sock.recv(1 << 16):
+                if not (data := self._sock.recv(1 << 16)):
                     raise ConnectionResetError
+                said = self._windows.heard(data)
+                if said and not self._left:
+                    self._left = said
             if not self._left:
                 self._left = next(self._words, b"")
             if not self._left:
@@ -65,13 +70,13 @@ class _Peer:
         return True
 
 
-def _silent() -> Iterator[bytes]:
+def _silent(_windows: http2.Windows) -> Iterator[bytes]:
     """As many streams as there can be, on which nothing comes."""
     for stream in range(1, 2 * _STREAMS, 2):
         yield http2.call(stream, http2.EXECUTE_STREAM)
 
 
-def _large() -> Iterator[bytes]:
+def _large(_windows: http2.Windows) -> Iterator[bytes]:
     """One message after the other that is larger than any may be."""
     for stream in itertools.count(1, 2):
         yield http2.call(stream, http2.MEASURE) + http2.frame(http2.DATA, 0, stream, http2.prefix(_LARGE))
@@ -79,28 +84,30 @@ def _large() -> Iterator[bytes]:
             yield http2.frame(http2.DATA, 0, stream, bytes(16384))
 
 
-def _slow() -> Iterator[bytes]:
-    """Messages that have all but their last byte, on every stream."""
+def _slow(windows: http2.Windows) -> Iterator[bytes]:
+    """Messages that have all but their last byte, on every stream, as fast as the server takes them."""
     for stream in range(1, 2 * _STREAMS, 2):
-        yield http2.call(stream, http2.MEASURE) + http2.frame(http2.DATA, 0, stream, http2.prefix(_MEASURED))
-        for _ in range(_MEASURED // 16384 - 1):
-            yield http2.frame(http2.DATA, 0, stream, bytes(16384))
-        yield http2.frame(http2.DATA, 0, stream, bytes(16383))
+        yield http2.call(stream, http2.MEASURE)
+        message = http2.prefix(_MEASURED) + bytes(_MEASURED - 1)
+        while message:
+            size = windows.take(stream, len(message))
+            yield http2.frame(http2.DATA, 0, stream, message[:size]) if size else b""
+            message = message[size:]
 
 
-def _calls() -> Iterator[bytes]:
+def _calls(_windows: http2.Windows) -> Iterator[bytes]:
     """Call after call, each of which is answered or refused."""
     for stream in itertools.count(1, 2):
         yield http2.call(stream, http2.READ_PCRS) + http2.message(stream, b"")
 
 
-def _resets() -> Iterator[bytes]:
+def _resets(_windows: http2.Windows) -> Iterator[bytes]:
     """Calls that are given up as soon as they are made."""
     for stream in itertools.count(1, 2):
         yield http2.call(stream, http2.READ_PCRS) + http2.frame(http2.RST_STREAM, 0, stream, (8).to_bytes(4, "big"))
 
 
-_KINDS: dict[str, Callable[[], Iterator[bytes]]] = {
+_KINDS: dict[str, Callable[[http2.Windows], Iterator[bytes]]] = {
     "silent": _silent,
     "large": _large,
     "slow": _slow,

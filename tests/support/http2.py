@@ -64,3 +64,47 @@ def closed(sock: socket.socket) -> bool:
     except OSError:
         return True
     return True
+
+
+class Windows:
+    """How much the server takes yet (RFC 9113, 5.2): a client that sends more loses its stream, and one that waits does not."""
+
+    def __init__(self) -> None:
+        self._initial = 65535
+        self._connection = 65535
+        self._streams: dict[int, int] = {}
+        self._buffer = b""
+
+    def heard(self, data: bytes) -> bytes:
+        """Take note of what the server sent; return what a client says to that."""
+        self._buffer += data
+        said = b""
+        while len(self._buffer) >= 9 and len(self._buffer) >= 9 + (size := int.from_bytes(self._buffer[:3], "big")):
+            kind, flags, stream = self._buffer[3], self._buffer[4], int.from_bytes(self._buffer[5:9], "big")
+            payload, self._buffer = self._buffer[9 : 9 + size], self._buffer[9 + size :]
+            if kind == SETTINGS and not flags & ACK:
+                self._settings(payload)
+                said += frame(SETTINGS, ACK, 0)
+            elif kind == PING and not flags & ACK:
+                said += frame(PING, ACK, 0, payload)
+            elif kind == WINDOW_UPDATE and stream:
+                self._streams[stream] = self._streams.get(stream, self._initial) + int.from_bytes(payload, "big")
+            elif kind == WINDOW_UPDATE:
+                self._connection += int.from_bytes(payload, "big")
+        return said
+
+    def _settings(self, payload: bytes) -> None:
+        for start in range(0, len(payload), 6):
+            # SETTINGS_INITIAL_WINDOW_SIZE holds for the streams that there are, too.
+            if int.from_bytes(payload[start : start + 2], "big") == 4:
+                value = int.from_bytes(payload[start + 2 : start + 6], "big")
+                self._streams = {stream: window + value - self._initial for stream, window in self._streams.items()}
+                self._initial = value
+
+    def take(self, stream: int, wanted: int) -> int:
+        """How many bytes of `wanted` may be sent in a frame now; they are counted as sent."""
+        window = self._streams.get(stream, self._initial)
+        size = max(0, min(wanted, window, self._connection, 16384))
+        self._streams[stream] = window - size
+        self._connection -= size
+        return size

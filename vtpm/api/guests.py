@@ -95,6 +95,7 @@ class GuestServers:
         directory: Path,
         shares: ConnectionShares,
         *,
+        largest_message: int,
         message_timeout_s: float,
     ) -> None:
         self._instances = instances
@@ -107,7 +108,7 @@ class GuestServers:
         self._doors = Doors()
         self._refusals = TokenBucket(_REFUSALS_PER_S, _REFUSALS_AT_ONCE)
         self._turns = Turns()
-        self._large = LargeMessages(_LARGE_AT_ONCE)
+        self._large = LargeMessages(_LARGE_AT_ONCE, largest_message)
         self._quiet = QuietLog()
         self._stopping: set[asyncio.Task[None]] = set()
         self._closing = False
@@ -128,7 +129,7 @@ class GuestServers:
         if slot is None:
             if not serves:
                 return
-            slot = self._slots[record.id] = _Slot(GuestFlow(self._turns))
+            slot = self._slots[record.id] = _Slot(GuestFlow(self._turns, self._large))
         slot.wanted = record if serves else None
         if not slot.settled and (slot.task is None or slot.task.done()):
             slot.task = asyncio.get_running_loop().create_task(self._reconcile(record.id, slot))
@@ -171,7 +172,7 @@ class GuestServers:
     def _knock(self, slot: _Slot, record: InstanceRecord, connection: socket.socket) -> None:
         """Take a connection in, or turn it away; nothing has been made for it yet but a descriptor."""
         connection.setblocking(False)
-        guarded = GuardedConnection(connection, slot.flow, self._large, self._message_timeout_s)
+        guarded = GuardedConnection(connection, slot.flow, self._message_timeout_s)
         if not self._shares.enter(record.id, guarded):
             connection.close()
             self._turned_away(slot, record)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -38,6 +38,10 @@ _QUIET_SERVICES: Final = ("/grpc.health.", "/grpc.reflection.")
 _READS: Final = ("Get", "List", "Read", "Quote")
 
 
+def _name(method: str) -> str:
+    return method.rpartition("/")[2]
+
+
 @dataclass(frozen=True, slots=True)
 class MessageLimits:
     """What the messages of a server's callers are held to.
@@ -52,13 +56,17 @@ class MessageLimits:
     size: int = 0
     sizes: Mapping[str, int] = field(default_factory=dict)
 
+    def large(self, method: str) -> bool:
+        """Whether requests of a method may be larger than those of others."""
+        return _name(method) in self.sizes
+
     def check(self, method: str, raw: bytes) -> None:
         """Refuse a request that no caller needs.
 
         Raises:
             InvalidArgumentError: REQUEST_TOO_LARGE.
         """
-        limit = self.sizes.get(method.rpartition("/")[2], self.size)
+        limit = self.sizes.get(_name(method), self.size)
         if limit and len(raw) > limit:
             raise InvalidArgumentError("REQUEST_TOO_LARGE", f"a request of this method has at most {limit} bytes")
 
@@ -75,6 +83,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self.metrics = metrics
         self.tracing = tracing
         self.quiet = QuietLog()
+        # Of the large requests one is received at a time: gRPC makes room for each whose receiver waits.
+        self.large = asyncio.Lock()
         # The servicers' methods, so bounded by what is registered.
         self._wrapped: dict[str, Any] = {}
 
@@ -173,7 +183,9 @@ class _Call:
 
     async def request(self, decode: _Decode) -> Any:
         """Receive the one request of a call."""
-        raw = await self._receive(self._interceptor.messages.receive_timeout_s)
+        messages = self._interceptor.messages
+        async with self._interceptor.large if messages.large(self._method) else nullcontext():
+            raw = await self._receive(messages.receive_timeout_s)
         if raw is None:
             raise InvalidArgumentError("REQUEST_MISSING", "the call ended without a request")
         return self._decoded(raw, decode)
@@ -281,7 +293,7 @@ class _Call:
             fields["reason"] = self.reason
         # A guest's use of its own TPM is no more of an event here than on its VM's data socket;
         # and what only reads changes nothing.
-        harmless = interceptor.access.bound or self._method.rpartition("/")[2].startswith(_READS)
+        harmless = interceptor.access.bound or _name(self._method).startswith(_READS)
         quiet = self._method.startswith(_QUIET_SERVICES) or (harmless and self.code is grpc.StatusCode.OK)
         if harmless and not quiet:
             # A guest can fail as often as it likes, but not fill the log with it.

@@ -119,6 +119,8 @@ class ApiServer:
             self._guest_server,
             settings.operator_socket.parent / "guests",
             ConnectionShares(settings.max_guest_connections, all_connections),
+            # One that is being received, and the beginnings of those that wait for it.
+            largest_message=_MEASURE_BYTES + settings.max_guest_calls * _GUEST_REQUEST_BYTES,
             message_timeout_s=settings.receive_timeout_s,
         )
         self._tracing = open_tracing(settings.otel_endpoint)

@@ -20,8 +20,8 @@ _CHUNK_SIZE: Final = 8 << 10
 # For who begins several calls at once: a turn should not take much longer than others' turns.
 _SMALL_CHUNK_SIZE: Final = 512
 _LARGE_CHUNK_SIZE: Final = 64 << 10
-# Each connection may leave so much of its messages unfinished: a TPM command and all around it is smaller.
-_FREE_SIZE: Final = 8 << 10
+# Each guest may leave so much of its messages unfinished: a few TPM commands and all around them.
+_FREE_SIZE: Final = 16 << 10
 # How long a client may take no bytes that are there for it, how long an answer may flow on after its request's end, and how
 # long a large message may wait for its turn.
 _STALL_TIMEOUT_S: Final = 60.0
@@ -39,26 +39,73 @@ _UNSEEN_PAUSE_S: Final = 1.0
 
 
 class LargeMessages:
-    """Who may have a large message under way: a few of all guests at once, and one of each guest. The others wait in order."""
+    """Which guests may have a large message under way: a few at once, the others wait in order.
 
-    def __init__(self, at_once: int) -> None:
+    `size`: how much of its messages a guest may then leave unfinished, in bytes.
+    """
+
+    def __init__(self, at_once: int, size: int) -> None:
         self.turns = asyncio.Semaphore(at_once)
+        self.size = size
 
 
 class GuestFlow:
-    """What the connections of one guest share: its pause, its one large message, its calls that gRPC has not come back with."""
+    """What the connections of one guest share.
 
-    def __init__(self, turns: Turns | None = None) -> None:
-        self.large = asyncio.Lock()
+    That is its pause, what is unfinished of its messages, and its calls that gRPC has not come back with.
+    """
+
+    def __init__(self, turns: Turns | None = None, large: LargeMessages | None = None) -> None:
         # Small at first: how much a guest puts into it is not known yet.
         self.chunk_size = _SMALL_CHUNK_SIZE
         self._turns = turns or Turns()
+        self._large = large or LargeMessages(1, 1 << 20)
         self._one = asyncio.Lock()
+        self._one_waits = asyncio.Lock()
         self._until = 0.0
+        self._unfinished = 0
+        # Since when it may have a large message under way.
+        self.large_since: float | None = None
         self._unseen = 0
         self._timer: asyncio.TimerHandle | None = None
         self._settled = asyncio.Event()
         self._settled.set()
+        self.less = asyncio.Event()
+        self.less.set()
+
+    def change(self, difference: int) -> None:
+        """Count what more, or less, of its messages is unfinished."""
+        self._unfinished += difference
+        if self._unfinished <= self._large.size:
+            self.less.set()
+        else:
+            self.less.clear()
+        if self.large_since is not None and self._unfinished <= _FREE_SIZE:
+            self.large_since = None
+            self._large.turns.release()
+
+    async def room(self) -> None:
+        """Wait until the messages that are unfinished may go on.
+
+        Raises:
+            VtpmError: RESOURCE_EXHAUSTED, MESSAGE_ROOM_BUSY.
+        """
+        if self._unfinished <= _FREE_SIZE or self.large_since is not None:
+            return
+        try:
+            async with asyncio.timeout(_LARGE_TIMEOUT_S), self._one_waits:
+                if self.large_since is None:
+                    await self._large.turns.acquire()
+                    self.large_since = time.monotonic()
+                    # Perhaps it is not needed any more.
+                    self.change(0)
+        except TimeoutError:
+            raise VtpmError(
+                "MESSAGE_ROOM_BUSY",
+                "too many large messages are under way",
+                remedy="send it again in a moment",
+                kind=ErrorKind.RESOURCE_EXHAUSTED,
+            ) from None
 
     def brake(self, seconds: float) -> None:
         """Read nothing of this guest for `seconds` more: what it asks for beyond its share costs it time, not others."""
@@ -112,14 +159,12 @@ class GuestFlow:
 class GuardedConnection:
     """Carries bytes between `client` and gRPC. `message_timeout_s`: how long a message may take from its first byte on."""
 
-    def __init__(self, client: socket.socket, flow: GuestFlow, large: LargeMessages, message_timeout_s: float) -> None:
+    def __init__(self, client: socket.socket, flow: GuestFlow, message_timeout_s: float) -> None:
         self._client = client
         self._flow = flow
-        self._large = large
         self._message_timeout_s = message_timeout_s
         self._watch = MessageWatch()
-        # Since when it has a large message under way.
-        self._large_since: float | None = None
+        self._counted = 0
         self.active = time.monotonic()
         # What carries it.
         self.task: asyncio.Task[None] | None = None
@@ -155,7 +200,7 @@ class GuardedConnection:
             answers.cancel()
             # Neither socket may be closed while the loop still waits for it.
             await asyncio.gather(requests, answers, return_exceptions=True)
-            self._settle(end=True)
+            self._flow.change(-self._counted)
 
     async def _requests(self, inner: socket.socket) -> None:
         loop = asyncio.get_running_loop()
@@ -176,62 +221,52 @@ class GuardedConnection:
 
     async def _next(self) -> bytes:
         """Return what the client sends next, empty at its end, as soon as it may be taken."""
-        if self._watch.unfinished > _FREE_SIZE and self._large_since is None:
-            await self._wait_for_room()
+        await self._flow.room()
+        while not self._flow.less.is_set():
+            # It has room for one large message, and this is more.
+            await self._in_time(self._flow.less)
         while True:
             await self._flow.turn()
             try:
-                return self._client.recv(self._flow.chunk_size if self._large_since is None else _LARGE_CHUNK_SIZE)
+                return self._client.recv(self._flow.chunk_size if self._flow.large_since is None else _LARGE_CHUNK_SIZE)
             except BlockingIOError:
                 await self._readable()
 
     async def _readable(self) -> None:
-        """Wait for the client's next bytes, in the middle of a message only as long as that may take."""
+        """Wait for the client's next bytes."""
         loop = asyncio.get_running_loop()
-        ready = loop.create_future()
-        loop.add_reader(self._client, _set, ready)
+        ready = asyncio.Event()
+        loop.add_reader(self._client, ready.set)
         try:
-            while not ready.done():
-                if (oldest := self._watch.oldest) is None:
-                    timeout = None
-                else:
-                    timeout = max(oldest, self._large_since or 0.0) + self._message_timeout_s - time.monotonic()
-                    if timeout <= 0:
-                        raise VtpmError(
-                            "MESSAGE_LATE",
-                            "a client has begun a message and not ended it",
-                            remedy="send a message at once",
-                            kind=ErrorKind.DEADLINE_EXCEEDED,
-                        )
-                # The message that it was about may have ended meanwhile, as the server has ended its stream.
-                await asyncio.wait((ready,), timeout=timeout)
+            await self._in_time(ready)
         finally:
             loop.remove_reader(self._client)
 
-    async def _wait_for_room(self) -> None:
-        try:
-            async with asyncio.timeout(_LARGE_TIMEOUT_S):
-                await self._flow.large.acquire()
-                try:
-                    await self._large.turns.acquire()
-                except asyncio.CancelledError:
-                    self._flow.large.release()
-                    raise
-        except TimeoutError:
-            raise VtpmError(
-                "MESSAGE_ROOM_BUSY",
-                "too many large messages are under way",
-                remedy="send it again in a moment",
-                kind=ErrorKind.RESOURCE_EXHAUSTED,
-            ) from None
-        self._large_since = time.monotonic()
+    async def _in_time(self, event: asyncio.Event) -> None:
+        """Wait for `event`, in the middle of a message only as long as that may take."""
+        while not event.is_set():
+            oldest = self._watch.oldest
+            began = None if oldest is None else max(oldest, self._flow.large_since or 0.0)
+            # What is waited out may be that of a message which has ended meanwhile, as the server has ended its stream.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(None if began is None else began + self._message_timeout_s - time.monotonic()):
+                    await event.wait()
+            if not event.is_set() and self._late():
+                raise VtpmError(
+                    "MESSAGE_LATE",
+                    "a client has begun a message and not ended it",
+                    remedy="send a message at once",
+                    kind=ErrorKind.DEADLINE_EXCEEDED,
+                )
 
-    def _settle(self, *, end: bool = False) -> None:
-        """Let others go on when there is no large message any more."""
-        if self._large_since is not None and (end or self._watch.unfinished <= _FREE_SIZE):
-            self._large_since = None
-            self._large.turns.release()
-            self._flow.large.release()
+    def _late(self) -> bool:
+        oldest = self._watch.oldest
+        return oldest is not None and max(oldest, self._flow.large_since or 0.0) + self._message_timeout_s <= time.monotonic()
+
+    def _settle(self) -> None:
+        """Tell what the guest's other connections must know."""
+        self._flow.change(self._watch.unfinished - self._counted)
+        self._counted = self._watch.unfinished
 
     async def _answers(self, inner: socket.socket) -> None:
         loop = asyncio.get_running_loop()
@@ -244,8 +279,3 @@ class GuardedConnection:
                     await loop.sock_sendall(self._client, data)
         with contextlib.suppress(OSError):
             self._client.shutdown(socket.SHUT_WR)
-
-
-def _set(ready: asyncio.Future[None]) -> None:
-    if not ready.done():
-        ready.set_result(None)
