@@ -45,7 +45,8 @@ _HEAD: Final = """\
 This page is made from `proto/vtpm/v1/` by `script/docs_api.py`. Do not edit it.
 
 The operators' socket, `operator.sock` in the runtime directory, serves every service below. An instance's guest socket,
-`guest.sock`, serves `TpmService` for that instance alone. Both also serve `grpc.health.v1.Health` and server reflection.
+`guest.sock`, serves `TpmService` for that instance alone. Both also serve `grpc.health.v1.Health` and server reflection. What
+a guest may have under way at once, and how large and how late it may be, is in [operations](operations.md#limits).
 
 An error carries a `google.rpc.ErrorInfo` with the domain `vtpm`: a stable reason, and the subject and the remedy as metadata.
 """

@@ -120,7 +120,31 @@ class Settings(BaseSettings):
     max_guest_calls: int = Field(
         default=32, ge=1, le=1024, description="How many gRPC calls may be under way at once on one guest socket."
     )
-    max_message_size_bytes: int = Field(default=4 << 20, ge=64 << 10, le=64 << 20, description="Largest gRPC message.")
+    max_guest_connections: int = Field(
+        default=4, ge=1, le=256, description="How many connections one guest socket takes; more are closed."
+    )
+    max_all_guest_connections: int = Field(
+        default=1024,
+        ge=16,
+        le=100_000,
+        description="How many connections all guest sockets take together; fewer where few files may be open. When all "
+        "are taken, a guest with fewer of them gets the place of a silent one of who has most.",
+    )
+    receive_timeout_s: float = Field(
+        default=10,
+        gt=0,
+        le=3600,
+        description="How long the request of a gRPC call may take to be there.",
+    )
+    stream_idle_timeout_s: float = Field(
+        default=300, ge=0, le=86400, description="Without a message for so long a guest's stream ends; 0: never."
+    )
+    max_message_size_bytes: int = Field(
+        default=4 << 20,
+        ge=64 << 10,
+        le=64 << 20,
+        description="Largest gRPC message of an operator; a guest's have 1 MiB.",
+    )
     log_format: Literal["auto", "json", "console"] = Field(
         default="auto", description="How to log; `auto` writes for people on a terminal and JSON elsewhere."
     )

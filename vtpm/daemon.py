@@ -49,6 +49,7 @@ from vtpm.store.row_key import open_row_key
 from vtpm.store.store import Store
 from vtpm.wire.fdstore import ServiceManagerStore
 from vtpm.wire.mssim import MssimServers
+from vtpm.wire.pki_http import DistributionServer
 from vtpm.wire.swtpm import ControlSockets
 from vtpm.wire.systemd import ActivatedListener, inherited, notify
 from vtpm.wire.vsock import Relay, VsockServer
@@ -61,6 +62,8 @@ EXIT_CONFIG: Final = 2
 _METRICS_INTERVAL_S: Final = 10.0
 # Beside the sockets of instances: the store's, gRPC's, and what calls and commits need.
 _OWN_DESCRIPTORS: Final = 48
+# The client's, gRPC's, and ours to gRPC.
+_GUEST_CONNECTION_DESCRIPTORS: Final = 3
 # Those of each instance, and some for those that are busy.
 _DESCRIPTORS: Final = 1 << 20
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
@@ -170,7 +173,14 @@ class Daemon:
             own_socket = settings.runtime_dir / "api.sock" if listener else None
             activations = Activations(lifecycle, creation.identity, timeout_s=settings.activation_timeout_s)
             api = ApiServer(
-                manager, settings, metrics, Durability(lifecycle, freshness), desk, activations, operator_socket=own_socket
+                manager,
+                settings,
+                metrics,
+                Durability(lifecycle, freshness),
+                desk,
+                activations,
+                operator_socket=own_socket,
+                guest_connections=_room_for_guests(room.to_come),
             )
             await api.start()
             stack.push_async_callback(api.stop)
@@ -182,7 +192,9 @@ class Daemon:
                 stack.push_async_callback(activated.close)
                 activated.start()
             if settings.metrics_address:
-                metrics.start_http_server(settings.metrics_address)
+                scraped = DistributionServer(settings.metrics_address, metrics.published, setting="metrics_address")
+                await scraped.start()
+                stack.push_async_callback(scraped.close)
                 observer = asyncio.get_running_loop().create_task(_observe_instances(manager, metrics))
                 stack.callback(observer.cancel)
             notify("READY=1")
@@ -208,6 +220,12 @@ def _sockets_of(counts: Mapping[InstanceState, int]) -> int:
         text = f"the sockets of the instances need {wanted:,} descriptors, and the daemon may open {limit:,}"
         raise UnavailableError("DESCRIPTORS_EXHAUSTED", text, remedy="raise LimitNOFILE= of the unit (ulimit -Hn)")
     return sockets
+
+
+def _room_for_guests(to_come: int) -> int:
+    """How many connections of guests there is room for: half of the descriptors that are left."""
+    left = sandbox.descriptor_limit() - sandbox.open_descriptors() - to_come - _OWN_DESCRIPTORS
+    return max(1, left // 2 // _GUEST_CONNECTION_DESCRIPTORS)
 
 
 def _observe(metrics: Metrics, report: CommitReport) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
-from vtpm.errors import ConfigError
 from vtpm.tpm.codes import command_name
 
+_MEDIA_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 _COMMIT_BUCKETS: Final = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0)
 _RPC_BUCKETS: Final = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 30.0)
 
@@ -29,7 +29,7 @@ class _CommandCollector(Collector):
         seconds = HistogramMetricFamily(
             "vtpm_tpm_command_seconds", "Time in the TPM, commit included; of one in 16 on sockets.", labels=["ordinal"]
         )
-        for ordinal, (count, nanos, buckets) in self.rows.items():
+        for ordinal, (count, nanos, buckets) in list(self.rows.items()):
             name = command_name(ordinal) if ordinal else "unknown"
             total.add_metric([name], count)
             cumulative, running = [], 0
@@ -145,17 +145,6 @@ class Metrics:
         """Count one thaw."""
         self._thaw_seconds.observe(seconds)
 
-    def start_http_server(self, address: str) -> None:
-        """Serve the metrics at `host:port`.
-
-        Raises:
-            ConfigError: METRICS_ADDRESS_UNUSABLE.
-        """
-        host, _, port = address.rpartition(":")
-        try:
-            start_http_server(int(port), addr=host.strip("[]"), registry=self.registry)
-        except (OSError, ValueError, OverflowError) as error:
-            raise ConfigError(
-                "METRICS_ADDRESS_UNUSABLE", f"metrics can't be served there: {error}", subject=address,
-                remedy="set metrics_address to a free host:port, or to nothing",
-            ) from None  # fmt: skip
+    def published(self, path: str) -> tuple[str, bytes] | None:
+        """What there is at a path of the metrics' HTTP server: the metrics in Prometheus' text format, media type first."""
+        return (_MEDIA_TYPE, generate_latest(self.registry)) if path in ("/metrics", "/") else None

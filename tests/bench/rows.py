@@ -15,6 +15,7 @@ from tests.bench.blackout import blackout
 from tests.bench.boot import boot
 from tests.bench.certified import certified
 from tests.bench.dropin import dropin
+from tests.bench.guests import guests
 from tests.bench.hibernation import hibernation
 from tests.bench.limits import hostile, writes
 from tests.bench.measure import Row, alternate, micros, millis, placed, private_memory, round_trips
@@ -162,6 +163,7 @@ ROWS = {
     "quotes": quotes,
     "writes": writes,
     "hostile": hostile,
+    "guests": guests,
     "blackout": blackout,
     "boot": boot,
     "hibernation": hibernation,

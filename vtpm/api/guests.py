@@ -1,17 +1,21 @@
 """The guest sockets: each instance that is ON has one, on which TpmService speaks for it alone, by a gRPC server of its own.
 
-That makes the identity of the caller a matter of which server was called. A server costs some 40 KB and 0.4 ms, so it is made
-when the first client comes and goes when the instance hibernates; until then a bare listener stands in its place.
+That makes the identity of the caller a matter of which server was called. The socket is ours, not gRPC's: connections are
+counted when they come and carried to the instance's server, within bounds (vtpm.wire.shares, vtpm.wire.guarded). The server is
+made when the first of them comes; it goes some time after the last, or when the instance hibernates.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import itertools
+import shutil
 import socket
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -19,12 +23,16 @@ import grpc.aio
 import structlog
 
 from vtpm.api.ports import Instances
-from vtpm.api.sockets import serve_on
+from vtpm.api.sockets import serve_within
+from vtpm.engine.limits import TokenBucket
 from vtpm.errors import VtpmError
 from vtpm.instance.model import InstanceChange
 from vtpm.store.model import InstanceRecord, InstanceState
 from vtpm.wire.doors import Doors, listen_at
-from vtpm.wire.relay import carry_both_ways
+from vtpm.wire.guarded import GuardedConnection, GuestFlow, LargeMessages
+from vtpm.wire.listening import QuietLog
+from vtpm.wire.shares import ConnectionShares
+from vtpm.wire.turns import Turns
 
 log: Final = structlog.get_logger("vtpm.api")
 
@@ -32,25 +40,42 @@ _RETRY_S: Final = 2.0
 _SETTLE_TIMEOUT_S: Final = 5.0
 # Calls that run when an instance hibernates have this long to end, before the server goes.
 _RETIRE_GRACE_S: Final = 5.0
-_MAX_WAITING: Final = 32
+# How long the last answers of a server may take to reach their clients.
+_LAST_ANSWERS_S: Final = 1.0
+# A server without a connection stays so long, for a client that connects for each call.
+_LINGER_S: Final = 30.0
+# A connection costs a millisecond until it is gone again: so many a guest may make at once, and then so many a second.
+_CONNECTIONS_AT_ONCE: Final = 16
+_CONNECTIONS_PER_S: Final = 10.0
+# Turning one away costs little; so many a second are turned away of all, and the others stay in their sockets' backlogs.
+_REFUSALS_AT_ONCE: Final = 256
+_REFUSALS_PER_S: Final = 2000.0
+_DOOR_PAUSE_S: Final = 0.1
+# Large messages of all guests under way at once, each of a mebibyte.
+_LARGE_AT_ONCE: Final = 8
+# How long a message may take from its first byte on where gRPC does not tell us that it has begun, in times of the request's.
+_MESSAGE_TIMES: Final = 1.5
 
-ServerFactory = Callable[[InstanceRecord], grpc.aio.Server]
+ServerFactory = Callable[[InstanceRecord, GuestFlow], grpc.aio.Server]
 
 
 @dataclass(slots=True)
 class _Slot:
     """What an instance should have (`wanted`, None for nothing) and what it has: a door, and a server once somebody came."""
 
+    flow: GuestFlow
     wanted: InstanceRecord | None = None
     door: socket.socket | None = None
-    server: grpc.aio.Server | None = None
     path: Path | None = None
     # Each power on makes the instance's directory anew, so what is there belongs to one epoch.
     epoch: int | None = None
     task: asyncio.Task[None] | None = None
-    # Connections that came to the door, and what brings up the server for them.
-    waiting: int = 0
+    server: grpc.aio.Server | None = None
+    # What brings up the server, for all that wait for it, and gives the path to connect to.
     opening: asyncio.Future[Path] | None = None
+    connections: set[asyncio.Task[None]] = field(default_factory=set)
+    lingering: asyncio.TimerHandle | None = None
+    pace: TokenBucket = field(default_factory=lambda: TokenBucket(_CONNECTIONS_PER_S, _CONNECTIONS_AT_ONCE))
 
     @property
     def settled(self) -> bool:
@@ -58,18 +83,40 @@ class _Slot:
 
 
 class GuestServers:
-    """Follows the changes of instances; `make` gives a server, bound to nothing yet, that speaks for one."""
+    """Follows the changes of instances; `make` gives a server, bound to nothing yet, that speaks for one.
 
-    def __init__(self, instances: Instances, make: ServerFactory) -> None:
+    `directory` is for the sockets between our doors and the servers; it is made anew.
+    """
+
+    def __init__(
+        self,
+        instances: Instances,
+        make: ServerFactory,
+        directory: Path,
+        shares: ConnectionShares,
+        *,
+        largest_message: int,
+        message_timeout_s: float,
+    ) -> None:
         self._instances = instances
         self._make = make
+        self._directory = directory
+        self._shares = shares
+        self._message_timeout_s = message_timeout_s * _MESSAGE_TIMES
+        self._numbers = itertools.count(1)
         self._slots: dict[uuid.UUID, _Slot] = {}
         self._doors = Doors()
-        self._carrying: set[asyncio.Task[None]] = set()
+        self._refusals = TokenBucket(_REFUSALS_PER_S, _REFUSALS_AT_ONCE)
+        self._turns = Turns()
+        self._large = LargeMessages(_LARGE_AT_ONCE, largest_message)
+        self._quiet = QuietLog()
+        self._stopping: set[asyncio.Task[None]] = set()
         self._closing = False
 
     def follow(self) -> None:
         """Serve what is ON, now and from now on."""
+        shutil.rmtree(self._directory, ignore_errors=True)
+        self._directory.mkdir(mode=0o700)
         self._instances.subscribe(self._on_change)
         self._instances.subscribe_hibernation(self._on_hibernation)
 
@@ -82,21 +129,15 @@ class GuestServers:
         if slot is None:
             if not serves:
                 return
-            slot = self._slots[record.id] = _Slot()
+            slot = self._slots[record.id] = _Slot(GuestFlow(self._turns, self._large))
         slot.wanted = record if serves else None
-        if not slot.settled:
-            self._work(record.id, slot)
+        if not slot.settled and (slot.task is None or slot.task.done()):
+            slot.task = asyncio.get_running_loop().create_task(self._reconcile(record.id, slot))
 
     def _on_hibernation(self, instance: uuid.UUID) -> None:
         slot = self._slots.get(instance)
-        if slot is not None and slot.server is not None and not self._closing:
-            # As if it were for another epoch: the door comes back, and the server goes.
-            slot.epoch = None
-            self._work(instance, slot)
-
-    def _work(self, instance: uuid.UUID, slot: _Slot) -> None:
-        if slot.task is None or slot.task.done():
-            slot.task = asyncio.get_running_loop().create_task(self._reconcile(instance, slot))
+        if slot is not None and not self._closing:
+            self._retire(slot, _RETIRE_GRACE_S)
 
     async def settled(self, instance: uuid.UUID) -> None:
         """Wait until the instance's socket is as it should be; not for ever, as an instance can do without."""
@@ -105,67 +146,108 @@ class GuestServers:
             await asyncio.wait((slot.task,), timeout=_SETTLE_TIMEOUT_S)
 
     async def _reconcile(self, instance: uuid.UUID, slot: _Slot) -> None:
-        # One task per instance: an old server is gone before the next one begins, however fast the changes come.
+        # One task per instance: an old server is let go before the next one begins, however fast the changes come.
         while not slot.settled:
-            old = slot.server
             if slot.wanted is None:
                 await self._end(slot)
-            elif await self._begin(slot, slot.wanted) and old is not None:
-                await old.stop(_RETIRE_GRACE_S)
-        if slot.wanted is None and slot.epoch is None:
+            elif not self._begin(slot, slot.wanted):
+                await asyncio.sleep(_RETRY_S)
+        if slot.wanted is None:
             self._slots.pop(instance, None)
 
-    async def _begin(self, slot: _Slot, record: InstanceRecord) -> bool:
+    def _begin(self, slot: _Slot, record: InstanceRecord) -> bool:
         """Put a door in the place of whatever is there."""
         path = self._instances.guest_socket(record)
         try:
             door = listen_at(path)
         except VtpmError as error:
             log.warning("api.guest_socket_failed", instance=str(record.id), reason=error.reason, remedy=error.remedy)
-            await asyncio.sleep(_RETRY_S)
             return False
         self._close_door(slot)
-        slot.server = slot.opening = None
+        self._retire(slot, _RETIRE_GRACE_S)
         slot.door, slot.path, slot.epoch = door, path, record.epoch
         self._doors.add(door, lambda connection: self._knock(slot, record, connection))
         return True
 
     def _knock(self, slot: _Slot, record: InstanceRecord, connection: socket.socket) -> None:
-        if slot.waiting >= _MAX_WAITING:
+        """Take a connection in, or turn it away; nothing has been made for it yet but a descriptor."""
+        connection.setblocking(False)
+        guarded = GuardedConnection(connection, slot.flow, self._message_timeout_s)
+        if not self._shares.enter(record.id, guarded):
             connection.close()
+            self._turned_away(slot, record)
             return
-        slot.waiting += 1
-        task = asyncio.get_running_loop().create_task(self._admit(slot, record, connection))
-        self._carrying.add(task)
-        task.add_done_callback(self._carrying.discard)
+        task = guarded.task = asyncio.get_running_loop().create_task(self._admit(slot, record, guarded))
+        slot.connections.add(task)
+        task.add_done_callback(lambda _: self._left(slot, record, guarded, task))
+        slot.pace.take(1)
+        if wait_s := slot.pace.wait_s():
+            self._pause(slot, wait_s)
 
-    async def _admit(self, slot: _Slot, record: InstanceRecord, connection: socket.socket) -> None:
-        """Bring a connection that came to the door to the server, which stands in its place for whoever comes next."""
+    def _turned_away(self, slot: _Slot, record: InstanceRecord) -> None:
+        self._quiet.warning("api.guest_connection_refused", record.id, instance=str(record.id), name=record.name)
+        if not self._refusals.take(1):
+            self._pause(slot, _DOOR_PAUSE_S)
+
+    def _pause(self, slot: _Slot, seconds: float) -> None:
+        if slot.door is not None:
+            self._doors.pause(slot.door, seconds)
+
+    def _left(self, slot: _Slot, record: InstanceRecord, guarded: GuardedConnection, task: asyncio.Task[None]) -> None:
+        guarded.close()
+        self._shares.leave(record.id, guarded)
+        slot.connections.discard(task)
+        if not slot.connections and not self._closing:
+            slot.lingering = asyncio.get_running_loop().call_later(_LINGER_S, self._retire_unused, slot)
+
+    def _retire_unused(self, slot: _Slot) -> None:
+        slot.lingering = None
+        if not slot.connections:
+            self._retire(slot, None)
+
+    async def _admit(self, slot: _Slot, record: InstanceRecord, guarded: GuardedConnection) -> None:
+        """Bring a connection to the instance's server, and carry it until it ends."""
+        if slot.lingering is not None:
+            slot.lingering.cancel()
+            slot.lingering = None
         try:
-            connection.setblocking(False)
-            with connection, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as inner:
-                if slot.opening is None:
-                    slot.opening = asyncio.ensure_future(self._open(slot, record))
-                path = await asyncio.shield(slot.opening)
+            if slot.opening is None:
+                slot.opening = asyncio.ensure_future(self._open(slot, record))
+            path = await asyncio.shield(slot.opening)
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as inner:
                 inner.setblocking(False)
                 await asyncio.get_running_loop().sock_connect(inner, str(path))
-                await carry_both_ways(connection, inner)
+                await guarded.carry(inner)
         except VtpmError as error:
-            slot.opening = None
-            log.warning("api.guest_socket_failed", instance=str(record.id), reason=error.reason, remedy=error.remedy)
+            fields = {"instance": str(record.id), "reason": error.reason, "remedy": error.remedy}
+            self._quiet.warning("api.guest_connection_cut", (record.id, error.reason), **fields)
         except (OSError, TimeoutError) as error:
             log.debug("api.guest_connection_ended", instance=str(record.id), error=type(error).__name__)
-        finally:
-            slot.waiting -= 1
 
     async def _open(self, slot: _Slot, record: InstanceRecord) -> Path:
-        """Have a server in the place of the door; return its path."""
-        path = self._instances.guest_socket(record)
-        if slot.server is None and slot.epoch == record.epoch:
-            server = self._make(record)
-            await serve_on(server, path)
-            slot.server = server
+        """Have a server for the instance; return where it listens."""
+        own = slot.opening
+        server = self._make(record, slot.flow)
+        path = self._directory / f"{next(self._numbers):x}"
+        try:
+            await serve_within(server, path)
+        except VtpmError:
+            if slot.opening is own:
+                slot.opening = None
+            raise
+        if slot.opening is not own:
+            await server.stop(None)
+            raise ConnectionResetError(errno.ECONNRESET, "the instance has changed meanwhile")
+        slot.server = server
         return path
+
+    def _retire(self, slot: _Slot, grace_s: float | None) -> None:
+        """End the server, if there is one; who comes next gets another."""
+        server, slot.server, slot.opening = slot.server, None, None
+        if server is not None:
+            task = asyncio.get_running_loop().create_task(server.stop(grace_s))
+            self._stopping.add(task)
+            task.add_done_callback(self._stopping.discard)
 
     def _close_door(self, slot: _Slot) -> None:
         if slot.door is not None:
@@ -174,13 +256,22 @@ class GuestServers:
 
     async def _end(self, slot: _Slot, grace_s: float | None = None) -> None:
         server, path = slot.server, slot.path
-        slot.server = slot.path = slot.epoch = slot.opening = None
+        slot.server = slot.opening = slot.path = slot.epoch = None
         self._close_door(slot)
         if path is not None:
             with contextlib.suppress(OSError):
                 path.unlink()
         if server is not None:
             await server.stop(grace_s)
+        if slot.connections:
+            # They end with the server, as soon as its last answers have been carried.
+            _, late = await asyncio.wait(slot.connections, timeout=_LAST_ANSWERS_S)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+        if slot.lingering is not None:
+            slot.lingering.cancel()
+            slot.lingering = None
 
     async def close(self, grace_s: float | None) -> None:
         """End every server; calls that run have `grace_s` to finish."""
@@ -191,8 +282,7 @@ class GuestServers:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.gather(*(self._end(slot, grace_s) for slot in slots))
-        for task in self._carrying:
-            task.cancel()
-        await asyncio.gather(*self._carrying, return_exceptions=True)
+        await asyncio.gather(*self._stopping, return_exceptions=True)
         self._doors.close()
         self._slots.clear()
+        shutil.rmtree(self._directory, ignore_errors=True)

@@ -2,14 +2,18 @@
 
 One interceptor does all four, as they all need the same thing: how the call ended. It also decodes requests and encodes
 responses itself, so that a malformed message is an error like any other and nothing is left to grpc.aio to describe.
+
+To gRPC every method's requests are a stream. Of a unary method's it would read the message first and call us then; of a stream
+it reads when it is asked to. So a call is let in or refused when its headers are there, and its message has a time to come.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing, asynccontextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import grpc
@@ -19,10 +23,10 @@ from google.protobuf.message import DecodeError
 
 from vtpm.api.access import Access
 from vtpm.api.errors import code_of, status_of, status_of_unexpected
-from vtpm.api.limits import Admission
-from vtpm.api.ports import RequestMetrics
+from vtpm.api.ports import Admission, RequestMetrics
 from vtpm.api.tracing import Tracing
-from vtpm.errors import InvalidArgumentError, VtpmError
+from vtpm.errors import ErrorKind, InvalidArgumentError, VtpmError
+from vtpm.wire.listening import QuietLog
 
 audit: Final = structlog.get_logger("vtpm.audit")
 
@@ -34,14 +38,53 @@ _QUIET_SERVICES: Final = ("/grpc.health.", "/grpc.reflection.")
 _READS: Final = ("Get", "List", "Read", "Quote")
 
 
+def _name(method: str) -> str:
+    return method.rpartition("/")[2]
+
+
+@dataclass(frozen=True, slots=True)
+class MessageLimits:
+    """What the messages of a server's callers are held to.
+
+    `receive_timeout_s`: how long a request may take to be there; `idle_timeout_s`: how long a stream may go without a message,
+    0 for as long as it likes; `sizes`: the largest request in bytes by method name, `size` for all others, 0 for what gRPC
+    takes.
+    """
+
+    receive_timeout_s: float
+    idle_timeout_s: float = 0
+    size: int = 0
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+    def large(self, method: str) -> bool:
+        """Whether requests of a method may be larger than those of others."""
+        return _name(method) in self.sizes
+
+    def check(self, method: str, raw: bytes) -> None:
+        """Refuse a request that no caller needs.
+
+        Raises:
+            InvalidArgumentError: REQUEST_TOO_LARGE.
+        """
+        limit = self.sizes.get(_name(method), self.size)
+        if limit and len(raw) > limit:
+            raise InvalidArgumentError("REQUEST_TOO_LARGE", f"a request of this method has at most {limit} bytes")
+
+
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Surrounds the calls of one server, whose callers are `access` and come in by `admission`."""
 
-    def __init__(self, access: Access, admission: Admission, metrics: RequestMetrics, tracing: Tracing) -> None:
+    def __init__(
+        self, access: Access, admission: Admission, messages: MessageLimits, metrics: RequestMetrics, tracing: Tracing
+    ) -> None:
         self.access = access
         self.admission = admission
+        self.messages = messages
         self.metrics = metrics
         self.tracing = tracing
+        self.quiet = QuietLog()
+        # Of the large requests one is received at a time: gRPC makes room for each whose receiver waits.
+        self.large = asyncio.Lock()
         # The servicers' methods, so bounded by what is registered.
         self._wrapped: dict[str, Any] = {}
 
@@ -49,38 +92,33 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: grpc.HandlerCallDetails
     ) -> Any:
         """Return the handler of a method, surrounded; None for an unknown method, which gRPC answers itself."""
+        self.admission.seen()
         method = handler_call_details.method
         wrapped = self._wrapped.get(method)
         if wrapped is None:
             handler = await continuation(handler_call_details)
             if handler is None:
+                self.admission.in_vain()
                 return None
             wrapped = self._wrapped[method] = self._wrap(method, handler)
         return wrapped
 
     def _wrap(self, method: str, handler: Any) -> Any:
+        if handler.response_streaming:
+            return grpc.stream_stream_rpc_method_handler(self._stream(method, handler))
+        return grpc.stream_unary_rpc_method_handler(self._unary(method, handler))
+
+    def _unary(self, method: str, handler: Any) -> Any:
         decode: _Decode = handler.request_deserializer
         encode: _Encode = handler.response_serializer
-        match handler.request_streaming, handler.response_streaming:
-            case False, False:
-                return grpc.unary_unary_rpc_method_handler(self._unary(method, handler.unary_unary, decode, encode))
-            case True, False:
-                return grpc.stream_unary_rpc_method_handler(
-                    self._unary(method, handler.stream_unary, decode, encode, stream=True)
-                )
-            case False, True:
-                return grpc.unary_stream_rpc_method_handler(self._stream(method, handler.unary_stream, decode, encode))
-            case _:
-                return grpc.stream_stream_rpc_method_handler(
-                    self._stream(method, handler.stream_stream, decode, encode, stream=True)
-                )
+        stream = handler.request_streaming
+        serve = handler.stream_unary if stream else handler.unary_unary
 
-    def _unary(self, method: str, serve: Any, decode: _Decode, encode: _Encode, *, stream: bool = False) -> Any:
-        async def unary(raw: Any, context: Any) -> bytes:
+        async def unary(_requests: Any, context: Any) -> bytes:
             call = _Call(self, method, context)
             try:
                 call.enter()
-                request = call.requests(raw, decode) if stream else call.request(raw, decode)
+                request = call.requests(decode, None) if stream else await call.request(decode)
                 response = encode(await serve(request, context))
                 call.code = grpc.StatusCode.OK
                 return response
@@ -92,15 +130,22 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         return unary
 
-    def _stream(self, method: str, serve: Any, decode: _Decode, encode: _Encode, *, stream: bool = False) -> Any:
-        async def responses(raw: Any, context: Any) -> AsyncIterator[bytes]:
+    def _stream(self, method: str, handler: Any) -> Any:
+        decode: _Decode = handler.request_deserializer
+        encode: _Encode = handler.response_serializer
+        stream = handler.request_streaming
+        serve = handler.stream_stream if stream else handler.unary_stream
+
+        async def responses(_requests: Any, context: Any) -> None:
             call = _Call(self, method, context)
             try:
                 call.enter()
-                request = call.requests(raw, decode) if stream else call.request(raw, decode)
-                async with aclosing(serve(request, context)) as messages:
-                    async for message in messages:
-                        yield encode(message)
+                async with call.patience() as patience:
+                    request = call.requests(decode, patience) if stream else await call.request(decode)
+                    async with aclosing(serve(request, context)) as messages:
+                        async for message in messages:
+                            await call.write(encode(message))
+                            call.heard(patience)
                 call.code = grpc.StatusCode.OK
             except BaseException as error:
                 await call.failed(error)
@@ -112,7 +157,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
 
 class _Call:
-    """One call, from its first byte to its status."""
+    """One call, from its headers to its status."""
 
     __slots__ = ("_admitted", "_begin", "_context", "_instance", "_interceptor", "_method", "_span", "code", "reason")
 
@@ -129,13 +174,46 @@ class _Call:
         self._admitted = False
 
     def enter(self) -> None:
-        """Be let in, or raise; whether the service is well can be asked at any time."""
-        if not self._method.startswith(_QUIET_SERVICES):
+        """Be let in, or raise; operators may ask at any time whether the service is well."""
+        if self._interceptor.access.bound or not self._method.startswith(_QUIET_SERVICES):
             self._interceptor.admission.enter()
             self._admitted = True
+            # It counts until the answer has been taken, not only until there is one.
+            self._context.add_done_callback(lambda _: self._interceptor.admission.leave())
 
-    def request(self, raw: bytes, decode: _Decode) -> Any:
+    async def request(self, decode: _Decode) -> Any:
+        """Receive the one request of a call."""
+        messages = self._interceptor.messages
+        async with self._interceptor.large if messages.large(self._method) else nullcontext():
+            raw = await self._receive(messages.receive_timeout_s)
+        if raw is None:
+            raise InvalidArgumentError("REQUEST_MISSING", "the call ended without a request")
+        return self._decoded(raw, decode)
+
+    async def requests(self, decode: _Decode, patience: asyncio.Timeout | None) -> AsyncIterator[Any]:
+        """Receive a stream of requests."""
+        while (raw := await self._receive(None)) is not None:
+            if patience is not None:
+                self.heard(patience)
+            yield self._decoded(raw, decode)
+
+    async def _receive(self, timeout_s: float | None) -> bytes | None:
+        """Return the next message, None at the end."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                raw = await self._context.read()
+        except TimeoutError:
+            raise VtpmError(
+                "REQUEST_LATE",
+                f"the request was not there after {timeout_s:g} s; nothing was done",
+                remedy="call again, and send the request at once",
+                kind=ErrorKind.DEADLINE_EXCEEDED,
+            ) from None
+        return None if raw is grpc.aio.EOF else raw
+
+    def _decoded(self, raw: bytes, decode: _Decode) -> Any:
         """Decode a request and note which instance it is about."""
+        self._interceptor.messages.check(self._method, raw)
         try:
             request = decode(raw)
         except DecodeError:
@@ -145,10 +223,36 @@ class _Call:
             self._instance = named[:_MAX_LOGGED_REF] if isinstance(named, str) else ""
         return request
 
-    async def requests(self, raw: AsyncIterator[bytes], decode: _Decode) -> AsyncIterator[Any]:
-        """Decode a stream of requests."""
-        async for message in raw:
-            yield self.request(message, decode)
+    @asynccontextmanager
+    async def patience(self) -> AsyncIterator[asyncio.Timeout]:
+        """End a stream that goes without a message for too long."""
+        idle_s = self._interceptor.messages.idle_timeout_s
+        timeout = asyncio.timeout(idle_s or None)
+        try:
+            async with timeout:
+                yield timeout
+        except TimeoutError:
+            if not timeout.expired():
+                raise
+            raise VtpmError(
+                "STREAM_IDLE",
+                f"no message has come or gone for {idle_s:g} s",
+                remedy="call again when there is something to ask",
+                kind=ErrorKind.ABORTED,
+            ) from None
+
+    def heard(self, patience: asyncio.Timeout) -> None:
+        """A message went one way or the other."""
+        if (idle_s := self._interceptor.messages.idle_timeout_s) and not patience.expired():
+            patience.reschedule(asyncio.get_running_loop().time() + idle_s)
+
+    async def write(self, message: bytes) -> None:
+        """Send a message of a stream."""
+        try:
+            await self._context.write(message)
+        except grpc.aio.InternalError:
+            # The client has gone, and gRPC is about to say so.
+            raise asyncio.CancelledError from None
 
     async def failed(self, error: BaseException) -> None:
         """End the call with the status that `error` stands for, or return for the caller to raise it on."""
@@ -170,8 +274,8 @@ class _Call:
 
     def end(self) -> None:
         """Report how it ended."""
-        if self._admitted:
-            self._interceptor.admission.leave()
+        if not self._admitted or self.code is grpc.StatusCode.CANCELLED:
+            self._interceptor.admission.in_vain()
         seconds = time.perf_counter() - self._begin
         code = self.code.name
         interceptor = self._interceptor
@@ -189,6 +293,13 @@ class _Call:
             fields["reason"] = self.reason
         # A guest's use of its own TPM is no more of an event here than on its VM's data socket;
         # and what only reads changes nothing.
-        harmless = interceptor.access.bound or self._method.rpartition("/")[2].startswith(_READS)
+        harmless = interceptor.access.bound or _name(self._method).startswith(_READS)
         quiet = self._method.startswith(_QUIET_SERVICES) or (harmless and self.code is grpc.StatusCode.OK)
+        if harmless and not quiet:
+            # A guest can fail as often as it likes, but not fill the log with it.
+            omitted = interceptor.quiet.due(self._method, self.reason or code)
+            if omitted is None:
+                quiet = True
+            elif omitted:
+                fields["omitted"] = omitted
         (audit.debug if quiet else audit.info)("api.call", **fields)

@@ -1,66 +1,127 @@
-"""How many calls are under way, and how fast those of guests come; beyond that they are refused, with nothing done."""
+"""How many calls are under way, and how fast those of guests come; beyond that they are refused, with nothing done.
+
+A call is counted when its headers are there, before gRPC is asked for its message, and until its answer has been sent.
+"""
 
 from __future__ import annotations
 
+from typing import Final
+
 from vtpm.engine.limits import TokenBucket
 from vtpm.errors import ErrorKind, VtpmError
+from vtpm.wire.guarded import GuestFlow
+
+# Calls that a guest may have whatever the others have: one that waits, such as a stream, and one beside it.
+OWN_CALLS: Final = 2
+# What each call that is refused, or given up before its answer, costs the guest that makes it.
+_PAUSE_S: Final = 0.1
 
 
 class CallLimits:
-    """The calls of the whole daemon. Guests have half of `max_calls` at most: operators always get in."""
+    """The calls of the whole daemon.
 
-    def __init__(self, max_calls: int, *, guest_rate: float, guest_burst: int) -> None:
-        self._max_calls = max_calls
-        self._max_guest_calls = max_calls // 2
+    Half of `max_calls` is for operators, so they always get in. Of the other half each guest takes what it needs, at most
+    `max_guest_calls`; its first calls, OWN_CALLS, are not taken from there, so it gets in however many the others have.
+    """
+
+    def __init__(self, max_calls: int, max_guest_calls: int, *, guest_rate: float, guest_burst: int) -> None:
+        self._max_operator_calls = max_calls - max_calls // 2
+        self._max_shared_calls = max_calls // 2
+        self._max_guest_calls = max_guest_calls
         self._guest_rate = guest_rate
         self._guest_burst = guest_burst
-        self._calls = 0
-        self._guest_calls = 0
+        self._operator_calls = 0
+        self._shared_calls = 0
 
-    def operator(self) -> Admission:
+    def operator(self) -> OperatorAdmission:
         """The door of the operators' server."""
-        return Admission(self, guest=False, bucket=None)
+        return OperatorAdmission(self)
 
-    def guest(self) -> Admission:
+    def guest(self, flow: GuestFlow | None = None) -> GuestAdmission:
         """The door of one guest's server; `command_rate` holds for its calls by themselves."""
         bucket = TokenBucket(self._guest_rate, self._guest_burst) if self._guest_rate > 0 else None
-        return Admission(self, guest=True, bucket=bucket)
+        return GuestAdmission(self, bucket, flow or GuestFlow())
 
-    def enter(self, *, guest: bool) -> None:
-        """Count a call in.
+    def enter_operator(self) -> None:
+        """Count an operator's call in.
 
         Raises:
             VtpmError: RESOURCE_EXHAUSTED, TOO_MANY_CALLS.
         """
-        if self._calls >= self._max_calls or (guest and self._guest_calls >= self._max_guest_calls):
-            raise VtpmError(
-                "TOO_MANY_CALLS",
-                "too many calls are under way; nothing was done",
-                remedy="call again in a moment; the operator may raise max_calls",
-                kind=ErrorKind.RESOURCE_EXHAUSTED,
+        if self._operator_calls >= self._max_operator_calls:
+            raise _too_many("too many calls are under way; nothing was done", "the operator may raise max_calls")
+        self._operator_calls += 1
+
+    def leave_operator(self) -> None:
+        """Count an operator's call out."""
+        self._operator_calls -= 1
+
+    def enter_guest(self, calls: int) -> None:
+        """Count a call of a guest in that has `calls`.
+
+        Raises:
+            VtpmError: RESOURCE_EXHAUSTED: TOO_MANY_GUEST_CALLS, TOO_MANY_CALLS.
+        """
+        if calls >= self._max_guest_calls:
+            raise _too_many(
+                f"this instance has {calls} calls under way; nothing was done",
+                "the operator may raise max_guest_calls",
+                "TOO_MANY_GUEST_CALLS",
             )
-        self._calls += 1
-        self._guest_calls += guest
+        if calls >= OWN_CALLS:
+            if self._shared_calls >= self._max_shared_calls:
+                raise _too_many("too many calls of guests are under way; nothing was done", "the operator may raise max_calls")
+            self._shared_calls += 1
 
-    def leave(self, *, guest: bool) -> None:
-        """Count a call out."""
-        self._calls -= 1
-        self._guest_calls -= guest
+    def leave_guest(self, calls: int) -> None:
+        """Count a call of a guest out that has `calls` left."""
+        if calls >= OWN_CALLS:
+            self._shared_calls -= 1
 
 
-class Admission:
-    """The door of one server. Used from the event loop only."""
+def _too_many(message: str, remedy: str, reason: str = "TOO_MANY_CALLS") -> VtpmError:
+    return VtpmError(reason, message, remedy=f"call again in a moment; {remedy}", kind=ErrorKind.RESOURCE_EXHAUSTED)
 
-    def __init__(self, limits: CallLimits, *, guest: bool, bucket: TokenBucket | None) -> None:
+
+class OperatorAdmission:
+    """The door of the operators' server. Used from the event loop only."""
+
+    def __init__(self, limits: CallLimits) -> None:
         self._limits = limits
-        self._guest = guest
-        self._bucket = bucket
 
     def enter(self) -> None:
         """Let a call in.
 
         Raises:
-            VtpmError: RESOURCE_EXHAUSTED: TOO_MANY_CALLS, CALL_RATE_EXCEEDED.
+            VtpmError: RESOURCE_EXHAUSTED, TOO_MANY_CALLS.
+        """
+        self._limits.enter_operator()
+
+    def leave(self) -> None:
+        """The call has ended."""
+        self._limits.leave_operator()
+
+    def seen(self) -> None:
+        """GRPC has come with a call."""
+
+    def in_vain(self) -> None:
+        """A call was refused, or given up."""
+
+
+class GuestAdmission:
+    """The door of one guest's server. Used from the event loop only."""
+
+    def __init__(self, limits: CallLimits, bucket: TokenBucket | None, flow: GuestFlow) -> None:
+        self._limits = limits
+        self._bucket = bucket
+        self._flow = flow
+        self._calls = 0
+
+    def enter(self) -> None:
+        """Let a call in.
+
+        Raises:
+            VtpmError: RESOURCE_EXHAUSTED: TOO_MANY_GUEST_CALLS, TOO_MANY_CALLS, CALL_RATE_EXCEEDED.
         """
         if self._bucket is not None:
             if wait_s := self._bucket.wait_s():
@@ -71,8 +132,18 @@ class Admission:
                     kind=ErrorKind.RESOURCE_EXHAUSTED,
                 )
             self._bucket.take(1)
-        self._limits.enter(guest=self._guest)
+        self._limits.enter_guest(self._calls)
+        self._calls += 1
 
     def leave(self) -> None:
         """The call has ended."""
-        self._limits.leave(guest=self._guest)
+        self._calls -= 1
+        self._limits.leave_guest(self._calls)
+
+    def seen(self) -> None:
+        """GRPC has come with a call."""
+        self._flow.seen()
+
+    def in_vain(self) -> None:
+        """A call was refused, or given up before its answer: nothing of this guest is read for a while."""
+        self._flow.brake(_PAUSE_S)

@@ -124,6 +124,22 @@ class ApiSettings(Protocol):
         """gRPC calls under way at once on one guest socket."""
 
     @property
+    def max_guest_connections(self) -> int:
+        """Connections of one guest socket."""
+
+    @property
+    def max_all_guest_connections(self) -> int:
+        """Connections of all guest sockets together."""
+
+    @property
+    def receive_timeout_s(self) -> float:
+        """How long a request may take to be there."""
+
+    @property
+    def stream_idle_timeout_s(self) -> float:
+        """How long a guest's stream may go without a message; 0 for as long as it likes."""
+
+    @property
     def command_rate(self) -> float:
         """Calls a second of a guest; 0 for no bound."""
 
@@ -138,6 +154,22 @@ class ApiSettings(Protocol):
     @property
     def otel_endpoint(self) -> str:
         """OTLP endpoint for traces; empty for none."""
+
+
+class Admission(Protocol):
+    """The door of a server (vtpm.api.limits)."""
+
+    def enter(self) -> None:
+        """Let a call in; raises VtpmError."""
+
+    def leave(self) -> None:
+        """A call that was let in has ended, its answer sent."""
+
+    def seen(self) -> None:
+        """GRPC has come with a call, which is not counted yet."""
+
+    def in_vain(self) -> None:
+        """A call was refused, or given up before its answer."""
 
 
 class RequestMetrics(Protocol):

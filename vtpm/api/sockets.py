@@ -33,14 +33,31 @@ async def serve_on(server: grpc.aio.Server, path: Path, group: int | None = None
         await server.start()
         bound.rename(path)
     except (OSError, RuntimeError) as error:
-        # gRPC's own text says no more than that it failed.
-        why = error.strerror if isinstance(error, OSError) else "it can't be bound"
-        raise UnavailableError(
-            "SOCKET_FAILED",
-            f"the server can't listen: {why}",
-            subject=str(path),
-            remedy="check the directory's owner, mode and free space, and the limit of open files",
-        ) from error
+        raise _failed(error, path) from error
+
+
+async def serve_within(server: grpc.aio.Server, path: Path) -> None:
+    """Start `server` on the unix socket `path`, 0600, which only this process connects to and nobody had before.
+
+    Raises:
+        UnavailableError: SOCKET_FAILED.
+    """
+    try:
+        _bind(server, path, path, None)
+        await server.start()
+    except (OSError, RuntimeError) as error:
+        raise _failed(error, path) from error
+
+
+def _failed(error: Exception, path: Path) -> UnavailableError:
+    # gRPC's own text says no more than that it failed.
+    why = error.strerror if isinstance(error, OSError) else "it can't be bound"
+    return UnavailableError(
+        "SOCKET_FAILED",
+        f"the server can't listen: {why}",
+        subject=str(path),
+        remedy="check the directory's owner, mode and free space, and the limit of open files",
+    )
 
 
 def _bind(server: grpc.aio.Server, path: Path, bound: Path, group: int | None) -> None:

@@ -11,11 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-import structlog
-
 from vtpm.errors import UnavailableError
-
-log: Final = structlog.get_logger("vtpm.wire")
+from vtpm.wire.listening import QuietLog
 
 _BACKLOG: Final = 128
 _MAX_EVENTS: Final = 64
@@ -32,6 +29,7 @@ class Doors:
         self._epoll = select.epoll()
         self._doors: dict[int, tuple[socket.socket, OnConnection]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._quiet = QuietLog()
 
     def add(self, listener: socket.socket, on_connection: OnConnection) -> None:
         """Take connections of `listener`, which becomes this object's, until `remove`."""
@@ -47,6 +45,13 @@ class Doors:
         if self._doors.pop(listener.fileno(), None) is not None:
             self._epoll.unregister(listener.fileno())
         listener.close()
+
+    def pause(self, listener: socket.socket, seconds: float) -> None:
+        """Leave what comes to `listener` in its backlog for a while."""
+        fd = listener.fileno()
+        if fd in self._doors:
+            self._epoll.modify(fd, 0)
+            asyncio.get_running_loop().call_later(seconds, self._resume, fd, listener)
 
     def close(self) -> None:
         """Close all of them."""
@@ -69,11 +74,10 @@ class Doors:
             except BlockingIOError:
                 continue
             except OSError as error:
-                log.error("wire.accept_failed", error=error.strerror)
+                self._quiet.warning("wire.accept_failed", error.errno, error=error.strerror)
                 if error.errno in _OUT_OF_DESCRIPTORS:
                     # The connection would make this listener readable again at once, and for ever.
-                    self._epoll.modify(fd, 0)
-                    asyncio.get_running_loop().call_later(_RETRY_S, self._resume, fd, listener)
+                    self.pause(listener, _RETRY_S)
                 continue
             on_connection(connection)
 

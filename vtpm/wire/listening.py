@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 import time
 from collections.abc import Callable, Hashable
@@ -41,12 +42,30 @@ class QuietLog:
 
     def warning(self, event: str, subject: Hashable, **fields: object) -> None:
         """Log, unless it was said just now. `subject` is not logged."""
+        omitted = self.due(event, subject)
+        if omitted is not None:
+            log.warning(event, **fields, **({"omitted": omitted} if omitted else {}))
+
+    def due(self, event: str, subject: Hashable) -> int | None:
+        """Return how often it was left out since it was last said; None if it is to be left out now."""
         now = time.monotonic()
         until, omitted = self._said.get((event, subject), (0.0, 0))
         if now < until:
             self._said[event, subject] = (until, omitted + 1)
-            return
+            return None
         if len(self._said) >= _MAX_SUBJECTS:
             self._said.clear()
         self._said[event, subject] = (now + _QUIET_S, 0)
-        log.warning(event, **fields, **({"omitted": omitted} if omitted else {}))
+        return omitted
+
+
+class Seldom(logging.Filter):
+    """Lets the same message of the standard library's logging through once in ten seconds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._quiet = QuietLog()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a record is to be written."""
+        return self._quiet.due(record.name, (record.pathname, record.lineno, str(record.msg)[:80])) is not None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import email.utils
+from collections import Counter
 from collections.abc import Callable
 from typing import Final
 
@@ -20,6 +21,8 @@ log: Final = structlog.get_logger("vtpm.pki_http")
 
 _MAX_HEAD: Final = 8 << 10
 _MAX_CONNECTIONS: Final = 128
+# Of one address, so that nobody keeps all others out.
+_MAX_CONNECTIONS_PER_PEER: Final = 32
 _TIMEOUT_S: Final = 10.0
 _MAX_PATH: Final = 256
 _MAX_AGE_S: Final = 300
@@ -27,6 +30,7 @@ _MAX_AGE_S: Final = 300
 # Returns media type and content of a path, None where there is nothing; it may block and raise VtpmError.
 Published = Callable[[str], tuple[str, bytes] | None]
 
+_UNUSABLE: Final = {"pki_http_address": "PKI_HTTP_UNUSABLE", "metrics_address": "METRICS_ADDRESS_UNUSABLE"}
 _REASONS: Final = {
     200: "OK",
     400: "Bad Request",
@@ -52,11 +56,12 @@ def parse_address(address: str) -> tuple[str, int]:
 class DistributionServer:
     """Serves what `published` gives, from `start` until `close`."""
 
-    def __init__(self, address: str, published: Published) -> None:
+    def __init__(self, address: str, published: Published, *, setting: str = "pki_http_address") -> None:
         self._address = address
         self._published = published
+        self._setting = setting
         self._server: asyncio.Server | None = None
-        self._open = 0
+        self._open: Counter[str] = Counter()
 
     @property
     def port(self) -> int:
@@ -68,17 +73,20 @@ class DistributionServer:
         """Listen.
 
         Raises:
-            ConfigError: PKI_HTTP_UNUSABLE, with the address.
+            ConfigError: PKI_HTTP_UNUSABLE or METRICS_ADDRESS_UNUSABLE, with the address.
         """
-        host, port = parse_address(self._address)
+        try:
+            host, port = parse_address(self._address)
+        except ConfigError as error:
+            raise ConfigError(_UNUSABLE[self._setting], error.message, subject=error.subject, remedy=error.remedy) from None
         try:
             self._server = await asyncio.start_server(self._serve, host or None, port, limit=_MAX_HEAD, backlog=64)
         except OSError as error:
             raise ConfigError(
-                "PKI_HTTP_UNUSABLE",
+                _UNUSABLE[self._setting],
                 f"can't listen: {error.strerror or error}",
                 subject=self._address,
-                remedy="set pki_http_address to an address of this host, with a port that is free",
+                remedy=f"set {self._setting} to an address of this host, with a port that is free",
             ) from None
         log.info("pki_http.listening", address=self._address, port=self.port)
 
@@ -90,16 +98,19 @@ class DistributionServer:
                 await asyncio.wait_for(self._server.wait_closed(), _TIMEOUT_S)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        peer = str((writer.get_extra_info("peername") or ("",))[0])
         try:
-            if self._open >= _MAX_CONNECTIONS:
+            if self._open.total() >= _MAX_CONNECTIONS or self._open[peer] >= _MAX_CONNECTIONS_PER_PEER:
                 return
-            self._open += 1
+            self._open[peer] += 1
             try:
                 async with asyncio.timeout(_TIMEOUT_S):
                     writer.write(await self._answer(reader))
                     await writer.drain()
             finally:
-                self._open -= 1
+                self._open[peer] -= 1
+                if not self._open[peer]:
+                    del self._open[peer]
         except (TimeoutError, OSError, asyncio.IncompleteReadError):
             # Slow, gone, or not speaking HTTP: nobody to tell.
             pass

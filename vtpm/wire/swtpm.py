@@ -9,6 +9,7 @@ import asyncio
 import functools
 import socket
 import uuid
+from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Final, Protocol
 
@@ -18,8 +19,11 @@ from vtpm.errors import VtpmError
 from vtpm.instance.model import InstanceChange
 from vtpm.store.model import InstanceRecord
 from vtpm.wire.doors import Doors
+from vtpm.wire.listening import QuietLog
 
 log: Final = structlog.get_logger("vtpm.wire")
+
+_MAX_ATTACHING: Final = 8
 
 
 class VmPort(Protocol):
@@ -43,6 +47,8 @@ class ControlSockets:
         self._listeners: dict[uuid.UUID, socket.socket] = {}
         self._doors = Doors()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._attaching: Counter[uuid.UUID] = Counter()
+        self._quiet = QuietLog()
 
     async def start(self) -> None:
         """Listen for what exists; `on_change` follows from then on."""
@@ -75,6 +81,12 @@ class ControlSockets:
             self._doors.remove(listener)
 
     def _on_connection(self, instance: uuid.UUID, connection: socket.socket) -> None:
+        # Each waits for the one before it. A VMM has one, and a second one when it starts anew.
+        if self._attaching[instance] >= _MAX_ATTACHING:
+            self._quiet.warning("wire.too_many_attaching", instance, instance=str(instance))
+            connection.close()
+            return
+        self._attaching[instance] += 1
         task = asyncio.get_running_loop().create_task(self._attach(instance, connection))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -84,7 +96,12 @@ class ControlSockets:
             try:
                 await self._manager.attach(str(instance), connection)
             except VtpmError as error:
-                log.warning("wire.attach_refused", instance=str(instance), reason=error.reason, remedy=error.remedy)
+                fields = {"instance": str(instance), "reason": error.reason, "remedy": error.remedy}
+                self._quiet.warning("wire.attach_refused", (instance, error.reason), **fields)
+            finally:
+                self._attaching[instance] -= 1
+                if not self._attaching[instance]:
+                    del self._attaching[instance]
 
     async def close(self) -> None:
         """Stop listening; VMs that are attached run on."""

@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from vtpm.api.limits import CallLimits
+from vtpm.api.limits import OWN_CALLS, CallLimits
 from vtpm.engine.limits import MAX_BLOCK, Throttle, TokenBucket
 from vtpm.errors import ErrorKind, VtpmError
 
@@ -81,23 +81,48 @@ def test_who_owes_is_muted_until_it_is_paid_and_no_longer() -> None:
 
 
 def test_guests_together_leave_half_of_the_calls_to_operators() -> None:
-    limits = CallLimits(4, guest_rate=0, guest_burst=1)
-    first, second, operator = limits.guest(), limits.guest(), limits.operator()
-    first.enter()
-    second.enter()
+    limits = CallLimits(4, 10, guest_rate=0, guest_burst=1)
+    greedy, operator = limits.guest(), limits.operator()
+    for _ in range(OWN_CALLS + 2):
+        greedy.enter()
     with pytest.raises(VtpmError) as caught:
-        first.enter()
+        greedy.enter()
     assert (caught.value.kind, caught.value.reason) == (ErrorKind.RESOURCE_EXHAUSTED, "TOO_MANY_CALLS")
     operator.enter()
     operator.enter()
     with pytest.raises(VtpmError):
         operator.enter()
-    second.leave()
+    operator.leave()
     operator.enter()
 
 
+def test_a_guest_gets_its_own_calls_whatever_the_others_have() -> None:
+    limits = CallLimits(4, 3, guest_rate=0, guest_burst=1)
+    for _ in range(2):
+        greedy = limits.guest()
+        for _ in range(3):
+            greedy.enter()
+    modest = limits.guest()
+    for _ in range(OWN_CALLS):
+        modest.enter()
+    with pytest.raises(VtpmError) as caught:
+        modest.enter()
+    assert caught.value.reason == "TOO_MANY_CALLS"
+    greedy.leave()
+    modest.enter()
+
+
+def test_a_guest_with_its_fill_of_calls_is_refused_by_name() -> None:
+    guest = CallLimits(100, 3, guest_rate=0, guest_burst=1).guest()
+    for _ in range(3):
+        guest.enter()
+    with pytest.raises(VtpmError) as caught:
+        guest.enter()
+    assert (caught.value.kind, caught.value.reason) == (ErrorKind.RESOURCE_EXHAUSTED, "TOO_MANY_GUEST_CALLS")
+
+
 def test_a_guest_that_calls_too_fast_is_told_when_to_call_again_and_others_are_not() -> None:
-    limits = CallLimits(100, guest_rate=0.5, guest_burst=2)
+    limits = CallLimits(100, 10, guest_rate=0.5, guest_burst=2)
     greedy, modest = limits.guest(), limits.guest()
     for _ in range(3):
         greedy.enter()
