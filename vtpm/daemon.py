@@ -227,14 +227,14 @@ async def _observe_instances(manager: InstanceManager, metrics: Metrics) -> None
         await asyncio.sleep(_METRICS_INTERVAL_S)
 
 
-def check_place(path: Path) -> None:
-    """Refuse a place for a file where somebody else could put another.
+def check_place(path: Path, *, service: bool = False) -> None:
+    """Refuse a place for a file where somebody else could put another; `service` as in vtpm.files.
 
     Raises:
         ConfigError: DIRECTORY_NOT_TRUSTED or DIRECTORY_UNUSABLE.
     """
     try:
-        files.check_parents(path)
+        files.check_parents(path, service=service)
     except files.UnsafePathError as error:
         raise not_trusted(path, error) from None
     except OSError as error:

@@ -202,7 +202,7 @@ def check_parents(path: Path, *, service: bool = False) -> None:
 
 
 def _walk(path: Path, *, trusted: bool, service: bool, make: int | None, follow: bool, whole: bool) -> tuple[Directory, str]:
-    names = deque((Path.cwd() / path).parts[1:])
+    names = deque((path if path.is_absolute() else Path.cwd() / path).parts[1:])
     here = Directory(os.open("/", _STEP | os.O_DIRECTORY), "/", frozenset((0, os.geteuid())))
     links = 0
     try:

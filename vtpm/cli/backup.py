@@ -56,11 +56,13 @@ def create(
     form: OutputOption = Format.TABLE,
 ) -> None:
     """Back up the store while the daemon runs, or not."""
+    from vtpm.daemon import check_place
     from vtpm.store import backup, backup_file
 
     settings = _settings(config_file)
     recipients = backup_file.recipients_of([*recipient, *(_lines(recipients_file) if recipients_file else ())])
     store = _store_path(settings)
+    check_place(store, service=True)
     if not store.exists():
         raise FailedPreconditionError(
             "STORE_MISSING", "there is no store here", subject=str(store), remedy="name its directory with --state-dir"

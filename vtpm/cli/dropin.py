@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn, TextIO
 
 from vtpm import __version__
@@ -185,8 +184,9 @@ def _run_tpm(options: Options, ready: TextIO | None) -> int:
         if failure:
             log.line(failure)
         if options.pid_file:
-            with contextlib.suppress(OSError):
-                Path(options.pid_file).unlink()
+            from vtpm.cli.dropin_serve import remove_name
+
+            remove_name(options.pid_file)
     return 1 if failure else 0
 
 

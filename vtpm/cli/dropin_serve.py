@@ -12,11 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+from vtpm import files
 from vtpm.cli.dropin_control import Control, Tpm
 from vtpm.cli.dropin_data import DataChannel, RelayedData
 from vtpm.cli.dropin_device import Device, is_stream_socket
 from vtpm.cli.dropin_options import Address, Options, refused
 from vtpm.errors import EngineError
+from vtpm.files import Directory
 from vtpm.tpm.ptm import CODE, ControlReader, Result
 
 _CHECK_S: Final = 5.0
@@ -57,34 +59,47 @@ class Listener:
         """Listen no longer."""
         self.socket.close()
         if self.path:
-            with contextlib.suppress(OSError):
-                Path(self.path).unlink()
+            remove_name(self.path)
+
+
+def remove_name(path: str) -> None:
+    """Remove a name that was made here, if it can be."""
+    with contextlib.suppress(OSError):
+        directory, name = files.parent_of(Path(path))
+        with directory:
+            directory.unlink(name)
 
 
 def _bind_path(address: Address) -> socket.socket:
     """Bind, set mode and owner and listen before the name is there: whoever waits for it can connect at once."""
-    path = Path(address.path)
-    hidden = path.with_name(f".{os.getpid()}")
-    if len(os.fsencode(hidden)) > _MAX_PATH:
-        hidden = path
-        path.unlink(missing_ok=True)
+    if len(os.fsencode(address.path)) > _MAX_PATH:
+        raise refused(f"Could not open UnixIO socket {address.path}: a path that clients can use has {_MAX_PATH} bytes at most")
+    try:
+        directory, name = files.parent_of(Path(address.path))
+        with directory:
+            return _bind_in(directory, name, address)
+    except OSError as error:
+        raise refused(f"Could not open UnixIO socket {address.path}: {error.strerror or error}") from None
+
+
+def _bind_in(directory: Directory, name: str, address: Address) -> socket.socket:
+    hidden = f".{os.getpid()}"
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         before = os.umask(0o177)
         try:
-            listener.bind(str(hidden))
+            # Through the descriptor, so that the directory can't be another one meanwhile.
+            listener.bind(directory.reach(hidden))
         finally:
             os.umask(before)
-        if address.uid >= 0 or address.gid >= 0:
-            os.chown(hidden, address.uid, address.gid)
-        hidden.chmod(address.mode)
+        directory.give_socket(hidden, address.mode, uid=address.uid, gid=address.gid)
         listener.listen(1)
         # Also over what is left of one that was killed.
-        hidden.rename(path)
-    except OSError as error:
-        if hidden != path:
-            hidden.unlink(missing_ok=True)
-        raise refused(f"Could not open UnixIO socket {path}: {error.strerror or error}") from None
+        os.rename(hidden, name, src_dir_fd=directory.fd, dst_dir_fd=directory.fd)
+    except BaseException:
+        listener.close()
+        directory.unlink(hidden)
+        raise
     return listener
 
 

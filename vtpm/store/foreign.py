@@ -1,8 +1,8 @@
 """What a SQLite file may hold before this service works with it: the objects that its own schema makes, and nothing else.
 
 A file of somebody else's may bring a trigger that undoes a revocation, a view in a table's place, a constraint that swallows
-rows (ON CONFLICT IGNORE) or an index on an expression. Each object of `sqlite_master` is compared with the one that the schema of
-the same revision makes: the words of its text, whatever their order (a migration appends columns), and its structure as
+rows (ON CONFLICT IGNORE) or an index on an expression. Each object of `sqlite_master` is compared with the one that the schema
+of the same revision makes: the words of its text, whatever their order (a migration appends columns), and its structure as
 SQLite tells it. The reference is made by `vtpm.store.schema.metadata` or by the migrations, in memory, never from a list.
 """
 
