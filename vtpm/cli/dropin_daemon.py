@@ -74,6 +74,13 @@ class DaemonTpm:
 
     def execute(self, command: bytes) -> bytes:
         """See StandaloneTpm."""
+        try:
+            return self._execute(command)
+        except OSError as error:
+            why = error.strerror or "the instance does not answer"
+            raise UnavailableError("INSTANCE_UNREACHABLE", why, remedy="see the daemon's log") from None
+
+    def _execute(self, command: bytes) -> bytes:
         ours, theirs = socket.socketpair()
         with ours, theirs:
             ours.settimeout(_TIMEOUT_S)
