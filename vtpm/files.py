@@ -144,10 +144,10 @@ class Directory:
             raise
         return fd
 
-    def give_socket(self, name: str, mode: int, *, uid: int = -1, gid: int = -1) -> None:
+    def give_socket(self, name: str, mode: int, *, uid: int = -1, gid: int = -1) -> int:
         """Set mode and owner of a socket that this process has just bound in it, and of nothing else.
 
-        A descriptor of a socket's file takes neither itself; its name in /proc stands for that very file.
+        Returns a descriptor of the socket's file. It takes neither itself; its name in /proc stands for that very file.
         """
         fd = os.open(name, _STEP, dir_fd=self.fd)
         try:
@@ -157,13 +157,21 @@ class Directory:
             if uid >= 0 or gid >= 0:
                 os.chown(f"/proc/self/fd/{fd}", uid, gid)
             os.chmod(f"/proc/self/fd/{fd}", mode)  # noqa: PTH101  # by the descriptor's name
-        finally:
+        except BaseException:
             os.close(fd)
+            raise
+        return fd
 
     def unlink(self, name: str) -> None:
         """Remove a name, if it is there."""
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name, dir_fd=self.fd)
+
+    def remove(self, name: str, fd: int) -> None:
+        """Remove a name that was made here, if it still stands for what `fd` is a descriptor of."""
+        status = self.status(name)
+        if status is not None and os.path.samestat(status, os.fstat(fd)):
+            self.unlink(name)
 
     def sync(self) -> None:
         """Make its names durable."""

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import socket
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -148,6 +149,16 @@ class Victim:
 def _looks(path: Path) -> tuple[object, ...]:
     status = path.stat()
     return path.read_bytes(), status.st_mode, status.st_uid, status.st_gid, status.st_ino, status.st_mtime_ns
+
+
+def a_device(path: Path) -> Path:
+    """A node like /dev/zero, but one that a test may lose; skips where there can be none."""
+    os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, 5))
+    try:
+        os.close(os.open(path, os.O_RDONLY))
+    except OSError:
+        pytest.skip("no device can be opened in this directory")
+    return path
 
 
 def until(condition: Callable[[], bool], timeout_s: float = 10) -> None:

@@ -142,14 +142,14 @@ def test_the_peers_user_is_the_one_that_listens(tmp_path: Path) -> None:
 # ---- gRPC, which connects by itself --------------------------------------------------------------------------------------
 
 
-class Health(health_pb2_grpc.HealthServicer):
+class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
     """Answers with a number of its own."""
 
     def __init__(self, number: int) -> None:
         self.number = number
 
     def Check(self, _request: object, _context: object) -> health_pb2.HealthCheckResponse:  # noqa: N802
-        return health_pb2.HealthCheckResponse(status=self.number)  # type: ignore[arg-type]
+        return health_pb2.HealthCheckResponse(status=self.number)
 
 
 def a_health_server(path: Path, number: int) -> grpc.Server:

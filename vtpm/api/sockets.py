@@ -57,7 +57,7 @@ def _bind(server: grpc.aio.Server, path: Path, bound: Path, group: int | None) -
         os.umask(previous)
     if group is not None:
         with files.open_directory(bound.parent, trusted=True) as directory:
-            directory.give_socket(bound.name, 0o660, gid=group)
+            os.close(directory.give_socket(bound.name, 0o660, gid=group))
 
 
 def group_id(name: str) -> int | None:

@@ -6,11 +6,13 @@ import contextlib
 import errno
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, TextIO
 
 from vtpm import files
 from vtpm.cli.dropin_options import Options, refused
+from vtpm.files import Directory
 
 NAME: Final = "swtpm"
 
@@ -108,14 +110,23 @@ def run_as(user: str) -> None:
         raise refused(f"Could not become user '{user}': {error.strerror}") from None
 
 
-def write_pid(options: Options) -> None:
-    """Write the PID where it is asked for."""
+@contextlib.contextmanager
+def written_pid(options: Options) -> Iterator[None]:
+    """Write the PID where it is asked for; at the end the file is removed, if it is still the one that was written."""
     text = str(os.getpid()).encode()
+    place: tuple[Directory, str, int] | None = None
     try:
         if options.pid_file:
-            files.replace(Path(options.pid_file), text, mode=0o640)
+            directory, name = files.parent_of(Path(options.pid_file))
+            place = directory, name, directory.put(name, lambda fd: files.write_all(fd, text), mode=0o640)
         if options.pid_fd >= 0:
             os.write(options.pid_fd, text)
             os.close(options.pid_fd)
     except OSError as error:
         raise refused(f"Could not write the PID file: {error.strerror}") from None
+    try:
+        yield
+    finally:
+        if place is not None:
+            with contextlib.suppress(OSError):
+                place[0].remove(place[1], place[2])
