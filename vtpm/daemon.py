@@ -245,8 +245,9 @@ def check_place(path: Path, *, service: bool = False) -> None:
 
 def not_trusted(path: Path, error: files.UnsafePathError) -> ConfigError:
     """Return the error of a path at which somebody else could put another thing."""
+    own = error.place == str(path) and error.reason in ("OWNER", "WRITABLE")
     return ConfigError(
-        "DIRECTORY_NOT_TRUSTED",
+        f"DIRECTORY_{error.reason}" if own else "DIRECTORY_NOT_TRUSTED",
         f"somebody else could put another in its place: {error.strerror}",
         subject=str(path),
         remedy=error.remedy,

@@ -41,10 +41,14 @@ _A_LINK: Final = "it is a symbolic link"
 
 
 class UnsafePathError(OSError):
-    """A directory, link or file is another user's, or can be changed by one. `place` is which, `remedy` what to do."""
+    """A directory, link or file is another user's, or can be changed by one.
 
-    def __init__(self, message: str, place: str, remedy: str) -> None:
+    `reason` is OWNER, WRITABLE or LINK, `place` is which it is, `remedy` what to do.
+    """
+
+    def __init__(self, reason: str, message: str, place: str, remedy: str) -> None:
         super().__init__(errno.EPERM, f"{place} {message}", place)
+        self.reason = reason
         self.place = place
         self.remedy = remedy
 
@@ -257,7 +261,7 @@ def _target(here: Directory, name: str) -> str:
         owner = os.fstat(link).st_uid
         if owner not in here.owners:
             raise UnsafePathError(
-                f"is a symbolic link of uid {owner}", here.path(name), "name the place that is meant, without that link"
+                "LINK", f"is a symbolic link of uid {owner}", here.path(name), "name the place that is meant, without that link"
             )
         # An empty name reads the link that the descriptor is of, even if another has taken its name.
         return os.readlink("", dir_fd=link)
@@ -272,7 +276,9 @@ def _step(here: Directory, name: str, *, trusted: bool, roots: bool) -> Director
     if trusted and (owner := os.fstat(fd).st_uid) not in owners:
         if not roots:
             os.close(fd)
-            raise UnsafePathError(f"belongs to uid {owner}", shown, "use a directory that root or you alone can change")
+            raise UnsafePathError(
+                "OWNER", f"belongs to uid {owner}", shown, "use a directory that root or you alone can change"
+            )
         owners = frozenset((0, owner))
     here.close()
     return Directory(fd, shown, owners)
@@ -280,7 +286,7 @@ def _step(here: Directory, name: str, *, trusted: bool, roots: bool) -> Director
 
 def _check_writers(status: os.stat_result, shown: str) -> None:
     if status.st_mode & _OTHERS_WRITE and not status.st_mode & stat.S_ISVTX:
-        raise UnsafePathError("can be written by others", shown, f"chmod go-w '{shown}', or use another directory")
+        raise UnsafePathError("WRITABLE", "can be written by others", shown, f"chmod go-w '{shown}', or use another directory")
 
 
 # ---- files by their paths ------------------------------------------------------------------------------------------------
@@ -310,7 +316,7 @@ def open_file(
 
 def _check_owner(status: os.stat_result, shown: str, owners: frozenset[int]) -> None:
     if status.st_uid not in owners:
-        raise UnsafePathError(f"belongs to uid {status.st_uid}", shown, f"chown {os.geteuid()} '{shown}'")
+        raise UnsafePathError("OWNER", f"belongs to uid {status.st_uid}", shown, f"chown {os.geteuid()} '{shown}'")
     _check_writers(status, shown)
 
 
