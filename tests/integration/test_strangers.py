@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -147,10 +148,8 @@ def test_root_speaks_to_the_daemon_of_the_user_whom_it_gave_the_directory(tmp_pa
         daemon.process = subprocess.Popen([*python, str(ROOT / "server.py")], env=env, cwd="/", stderr=subprocess.PIPE)
         try:
             wait_for_socket(daemon, home / "run" / "operator.sock")
-            daemon._hosts.add(
-                int(daemon.vtpm("host", "show", "-o", "json").stdout.split(b'"engine_host_pid":')[1].split(b",")[0])
-            )
-            daemon.vtpm("instance", "create", "web 1".replace(" ", "-"))
+            daemon._hosts.add(json.loads(daemon.vtpm("host", "show", "-o", "json").stdout)["engine_host_pid"])
+            daemon.vtpm("instance", "create", "web-1")
             assert b"web-1" in daemon.vtpm("instance", "list").stdout
         finally:
             daemon.close()
@@ -175,15 +174,16 @@ def web(daemon: DaemonProcess) -> Iterator[DaemonProcess]:
     """Give a daemon with an instance `strangers` that is ON."""
     daemon.running("strangers")
     yield daemon
-    daemon.vtpm("instance", "delete", "--yes", "--force", "strangers", check=False)
+    daemon.vtpm("instance", "stop", "strangers")
+    daemon.vtpm("instance", "delete", "--yes", "strangers", check=False)
 
 
-READ = {
+READ: dict[str, Callable[[str], list[str]]] = {
     "measure": lambda path: ["measure", "strangers", "16", path],
     "ca import": lambda path: ["ca", "import", "--cert", path],
     "a backup": lambda path: ["backup", "verify", path, "-i", path],
     "recipients": lambda path: ["backup", "create", "/nowhere/x.age", "-R", path],
-    "import": lambda path: ["instance", "import", "--from-swtpm", os.path.dirname(path), "web-9"],
+    "import": lambda path: ["instance", "import", "--from-swtpm", str(Path(path).parent), "web-9"],
     "import's key": lambda path: ["instance", "export", "--to-swtpm", "/nowhere", "--key-file", path, "strangers"],
     "settings": lambda path: ["config", "check", "--config-file", path],
 }
@@ -223,7 +223,7 @@ def test_what_a_command_reads_has_an_end(web: DaemonProcess, what: str, kind: st
     assert b"Traceback" not in done.stderr
 
 
-WRITTEN = {
+WRITTEN: dict[str, tuple[str, Callable[[str], list[str]]]] = {
     "quote": ("quote.msg", lambda root: ["quote", "strangers", "--out", root]),
     "eventlog": ("log", lambda root: ["eventlog", "strangers", "--out", f"{root}/log"]),
     "ca show": ("root.pem", lambda root: ["ca", "show", "--out", root]),
@@ -233,7 +233,7 @@ WRITTEN = {
 
 
 @pytest.mark.parametrize("what", WRITTEN)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["a link", "a named pipe"])
 def test_what_a_command_writes_is_a_new_file_and_nothing_else_is_written_to(
     web: DaemonProcess, what: str, kind: str, tmp_path: Path, victim: Victim
 ) -> None:
@@ -257,11 +257,11 @@ def test_what_a_command_writes_is_a_new_file_and_nothing_else_is_written_to(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_backup_goes_to_no_place_that_is_taken(web: DaemonProcess, kind: str, tmp_path: Path, victim: Victim) -> None:
-    recipient = "age1vg77wm04gfkw4zhkst4zp2e33vvdtamarq55muj0q95qkma22uqqeq3hfv"
+    recipient = "age1966wtx0d74u0wlras70sutmm4cqc9dwc52afks25kzzlnvdkrvpqhwz6lr"
     KINDS[kind](tmp_path / "b.age", victim.path)
     done = web.vtpm("backup", "create", str(tmp_path / "b.age"), "-r", recipient, check=False)
     assert done.returncode != 0
-    assert b"BACKUP_EXISTS" in done.stderr or b"RECIPIENT_INVALID" in done.stderr
+    assert b"BACKUP_EXISTS" in done.stderr
     assert victim.is_untouched()
 
 
