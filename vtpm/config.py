@@ -46,16 +46,13 @@ def default_state_dir() -> Path:
 
 
 def default_runtime_dir() -> Path:
-    """Where sockets live: /run/vtpm for root; otherwise $XDG_RUNTIME_DIR/vtpm, or what it would be if it is not set.
-
-    That is /run/user/UID where the login manager has made it for this user, and else `run` in the state directory. No place in
-    /tmp: there, whoever comes first has the name.
-    """
+    """Where sockets live: /run/vtpm for root, $XDG_RUNTIME_DIR/vtpm otherwise; without that variable see Operations."""
     if _is_root():
         return Path("/run/vtpm")
     value = os.environ.get("XDG_RUNTIME_DIR", "")
     if value.startswith("/"):
         return Path(value) / "vtpm"
+    # What the variable would be, where the login manager has made it. No place in /tmp: whoever comes first has a name there.
     login = _LOGINS / str(os.geteuid())
     with contextlib.suppress(OSError):
         if login.lstat().st_uid == os.geteuid():
