@@ -35,7 +35,7 @@ _MAX_LINKS: Final = 40
 _OTHERS_WRITE: Final = 0o022
 _STEP: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _OPEN: Final = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-_OWN_DESCRIPTOR: Final = re.compile(r"/(?:dev|proc/self)/fd/(\d{1,9})")
+_OWN_DESCRIPTOR: Final = re.compile(r"/dev/stdin|/(?:dev|proc/self)/fd/(\d{1,9})")
 _NO_FILE: Final = "it is no regular file"
 _A_LINK: Final = "it is a symbolic link"
 
@@ -323,7 +323,7 @@ def _check_owner(status: os.stat_result, shown: str, owners: frozenset[int]) -> 
 def read(path: Path, limit: int, *, follow: bool = False, trusted: bool = False, owned: bool = False) -> bytes:
     """Return a file's content, of at most `limit` bytes (EFBIG). With `follow` also from a descriptor of ours (`/dev/fd/3`)."""
     if follow and (own := _OWN_DESCRIPTOR.fullmatch(str(path))):
-        return read_descriptor(os.dup(int(own[1])), limit, str(path))
+        return read_descriptor(os.dup(int(own[1] or 0)), limit, str(path))
     return read_descriptor(open_file(path, follow=follow, trusted=trusted, owned=owned), limit, str(path))
 
 

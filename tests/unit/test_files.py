@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -80,6 +82,9 @@ def test_a_pipe_comes_by_a_descriptor_of_this_process_only(tmp_path: Path) -> No
     os.close(writer)
     assert files.read(Path(f"/dev/fd/{reader}"), LIMIT, follow=True) == b"by a pipe"
     os.close(reader)
+    script = "from pathlib import Path; from vtpm import files; print(files.read(Path('/dev/stdin'), 9, follow=True))"
+    done = subprocess.run([sys.executable, "-c", script], input=b"by a pipe", capture_output=True, check=True)
+    assert done.stdout == b"b'by a pipe'\n"
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(OSError, match="no regular file"):
         files.read(tmp_path / "pipe", LIMIT, follow=True)
