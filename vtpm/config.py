@@ -5,6 +5,8 @@ docs/configuration.md is made from this model.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import ipaddress
 import os
 import tomllib
@@ -15,6 +17,7 @@ from typing import Any, Final, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from vtpm import files
 from vtpm.errors import ConfigError
 
 # sun_path has 108 bytes with its end mark (unix(7)); the longest socket is instances/<uuid>/tpm.sock.ctrl.
@@ -24,6 +27,8 @@ _MAX_FILE_SIZE: Final = 1 << 20
 # The last number means "any" (vsock(7)), for ports and for CIDs.
 _MAX_VSOCK: Final = (1 << 32) - 2
 _MAX_MSSIM_PORT: Final = 65534
+# Where the login manager keeps users' runtime directories (file-hierarchy(7)).
+_LOGINS: Final = Path("/run/user")
 
 
 def _is_root() -> bool:
@@ -41,11 +46,18 @@ def default_state_dir() -> Path:
 
 
 def default_runtime_dir() -> Path:
-    """Where sockets live: /run/vtpm for root, $XDG_RUNTIME_DIR/vtpm otherwise."""
+    """Where sockets live: /run/vtpm for root, $XDG_RUNTIME_DIR/vtpm otherwise; without that variable see Operations."""
     if _is_root():
         return Path("/run/vtpm")
     value = os.environ.get("XDG_RUNTIME_DIR", "")
-    return (Path(value) if value.startswith("/") else Path(f"/tmp/vtpm-{os.geteuid()}")) / "vtpm"  # noqa: S108  # owner-checked when used
+    if value.startswith("/"):
+        return Path(value) / "vtpm"
+    # What the variable would be, where the login manager has made it. No place in /tmp: whoever comes first has a name there.
+    login = _LOGINS / str(os.geteuid())
+    with contextlib.suppress(OSError):
+        if login.lstat().st_uid == os.geteuid():
+            return login / "vtpm"
+    return default_state_dir() / "run"
 
 
 def default_config_file() -> Path:
@@ -375,8 +387,7 @@ def _from_text(name: str, value: object) -> object:
 
 def _read_file(path: Path, *, required: bool) -> dict[str, Any]:
     try:
-        with path.open("rb") as file:
-            text = file.read(_MAX_FILE_SIZE + 1)
+        text = files.read(path, _MAX_FILE_SIZE, follow=True, trusted=True, owned=True)
     except FileNotFoundError:
         if not required:
             return {}
@@ -386,10 +397,19 @@ def _read_file(path: Path, *, required: bool) -> dict[str, Any]:
             subject=str(path),
             remedy="check --config-file or VTPM_CONFIG_FILE",
         ) from None
+    except files.UnsafePathError as error:
+        raise ConfigError(
+            "CONFIG_FILE_NOT_TRUSTED",
+            f"somebody else may have written the file: {error.strerror}",
+            subject=str(path),
+            remedy=error.remedy,
+        ) from None
     except OSError as error:
+        if error.errno == errno.EFBIG:
+            raise ConfigError(
+                "CONFIG_FILE_INVALID", f"the file has more than {_MAX_FILE_SIZE} bytes", subject=str(path)
+            ) from None
         raise ConfigError("CONFIG_FILE_UNREADABLE", f"the file can't be read: {error.strerror}", subject=str(path)) from None
-    if len(text) > _MAX_FILE_SIZE:
-        raise ConfigError("CONFIG_FILE_INVALID", f"the file has more than {_MAX_FILE_SIZE} bytes", subject=str(path))
     try:
         return tomllib.loads(text.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:

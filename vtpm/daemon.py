@@ -20,8 +20,9 @@ from typing import Any, Final
 
 import structlog
 import uvloop
+from sqlalchemy import make_url
 
-from vtpm import __version__
+from vtpm import __version__, files
 from vtpm.api.server import ApiServer
 from vtpm.certification import begin_upkeep, look_after_identities, open_desk
 from vtpm.config import Settings
@@ -90,6 +91,7 @@ class Daemon:
         async with contextlib.AsyncExitStack() as stack:
             for directory in (settings.state_dir, settings.runtime_dir):
                 stack.enter_context(owned_directory(directory))
+            check_place(Path(make_url(settings.store_url).database or ""))
             metrics = Metrics(BUCKETS_NS)
             store = await asyncio.to_thread(Store.open, settings.store_url)
             stack.callback(store.close)
@@ -248,28 +250,57 @@ async def _observe_instances(manager: InstanceManager, metrics: Metrics) -> None
         await asyncio.sleep(_METRICS_INTERVAL_S)
 
 
+def check_place(path: Path, *, service: bool = False) -> None:
+    """Refuse a place for a file where somebody else could put another; `service` as in vtpm.files.
+
+    Raises:
+        ConfigError: DIRECTORY_NOT_TRUSTED or DIRECTORY_UNUSABLE.
+    """
+    try:
+        files.check_parents(path, service=service)
+    except files.UnsafePathError as error:
+        raise not_trusted(path, error) from None
+    except OSError as error:
+        raise ConfigError(
+            "DIRECTORY_UNUSABLE", f"{error.strerror}", subject=str(path), remedy="check the directories above it"
+        ) from None
+
+
+def not_trusted(path: Path, error: files.UnsafePathError) -> ConfigError:
+    """Return the error of a path at which somebody else could put another thing."""
+    own = error.place == str(path) and error.reason in ("OWNER", "WRITABLE")
+    return ConfigError(
+        f"DIRECTORY_{error.reason}" if own else "DIRECTORY_NOT_TRUSTED",
+        f"somebody else could put another in its place: {error.strerror}",
+        subject=str(path),
+        remedy=error.remedy,
+    )
+
+
 @contextlib.contextmanager
 def owned_directory(path: Path) -> Iterator[None]:
     """Make `path`, 0700, and hold its lock: one daemon at a time.
 
     Raises:
-        ConfigError: it can't be made, belongs to somebody else, is open to others, or another daemon has it.
+        ConfigError: it can't be made, it or one above it is somebody else's or open to others, or another daemon has it.
     """
     try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = path.stat()
-        if status.st_uid != os.geteuid():
-            raise ConfigError(
-                "DIRECTORY_OWNER",
-                f"the directory belongs to uid {status.st_uid}, the daemon runs as {os.geteuid()}",
-                subject=str(path),
-                remedy="run as its owner, or give another directory",
-            )
-        if status.st_mode & 0o022:
-            raise ConfigError(
-                "DIRECTORY_WRITABLE", "others may write to the directory", subject=str(path), remedy=f"chmod go-w '{path}'"
-            )
-        lock = os.open(path / "daemon.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        with files.open_directory(path, trusted=True, make=0o700) as directory:
+            status = os.fstat(directory.fd)
+            if status.st_uid != os.geteuid():
+                raise ConfigError(
+                    "DIRECTORY_OWNER",
+                    f"the directory belongs to uid {status.st_uid}, the daemon runs as {os.geteuid()}",
+                    subject=str(path),
+                    remedy="run as its owner, or give another directory",
+                )
+            if status.st_mode & 0o022:
+                raise ConfigError(
+                    "DIRECTORY_WRITABLE", "others may write to the directory", subject=str(path), remedy=f"chmod go-w '{path}'"
+                )
+            lock = directory.open("daemon.lock", os.O_RDWR | os.O_CREAT)
+    except files.UnsafePathError as error:
+        raise not_trusted(path, error) from None
     except OSError as error:
         raise ConfigError(
             "DIRECTORY_UNUSABLE",

@@ -29,10 +29,14 @@ NOBODY = 65534
 @pytest.fixture
 def home() -> Iterator[Path]:
     """The home of a user who is not root."""
-    path = Path(tempfile.mkdtemp(prefix="vtpm-"))
+    root = Path(tempfile.mkdtemp(prefix="vtpm-"))
+    # Nobody but root could have given the user this place.
+    root.chmod(0o755)
+    path = root / "h"
+    path.mkdir(0o700)
     os.chown(path, NOBODY, NOBODY)
     yield path
-    shutil.rmtree(path, ignore_errors=True)
+    shutil.rmtree(root, ignore_errors=True)
 
 
 def as_nobody(home: Path) -> tuple[list[str], dict[str, str]]:

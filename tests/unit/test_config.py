@@ -148,7 +148,7 @@ def test_root_keeps_things_where_system_services_do() -> None:
 def test_a_user_keeps_things_at_home(unprivileged_home: Path) -> None:
     assert default_state_dir() == unprivileged_home / ".local/state/vtpm"
     assert default_config_file() == unprivileged_home / ".config/vtpm/vtpm.toml"
-    assert default_runtime_dir() == Path(f"/tmp/vtpm-{os.geteuid()}/vtpm")
+    assert default_runtime_dir() == unprivileged_home / ".local/state/vtpm/run"
 
 
 @pytest.mark.usefixtures("unprivileged_home")
@@ -165,7 +165,7 @@ def test_a_directory_that_is_not_absolute_does_not_count(unprivileged_home: Path
     monkeypatch.setenv("XDG_STATE_HOME", "relative")
     monkeypatch.setenv("XDG_RUNTIME_DIR", "relative")
     assert default_state_dir() == unprivileged_home / ".local/state/vtpm"
-    assert default_runtime_dir() == Path(f"/tmp/vtpm-{os.geteuid()}/vtpm")
+    assert default_runtime_dir() == unprivileged_home / ".local/state/vtpm/run"
 
 
 def test_the_file_at_home_is_read_though_nobody_names_it(unprivileged_home: Path) -> None:

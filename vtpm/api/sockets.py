@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 import grpc.aio
 
+from vtpm import files
 from vtpm.errors import ConfigError, UnavailableError
 
 _UMASK_OWNER_ONLY: Final = 0o177
@@ -61,7 +62,7 @@ def _failed(error: Exception, path: Path) -> UnavailableError:
 
 
 def _bind(server: grpc.aio.Server, path: Path, bound: Path, group: int | None) -> None:
-    if path.exists() and not stat.S_ISSOCK(path.lstat().st_mode):
+    if os.path.lexists(path) and not stat.S_ISSOCK(path.lstat().st_mode):
         raise ConfigError(
             "SOCKET_PATH_TAKEN", "there is something else than a socket", subject=str(path), remedy="move it away"
         )
@@ -72,8 +73,8 @@ def _bind(server: grpc.aio.Server, path: Path, bound: Path, group: int | None) -
     finally:
         os.umask(previous)
     if group is not None:
-        os.chown(bound, -1, group)
-        bound.chmod(0o660)
+        with files.open_directory(bound.parent, trusted=True) as directory:
+            os.close(directory.give_socket(bound.name, 0o660, gid=group))
 
 
 def group_id(name: str) -> int | None:
@@ -98,12 +99,14 @@ def admit_group(directory: Path, group: int) -> None:
     Raises:
         ConfigError: SOCKET_GROUP_REFUSED.
     """
-    status = directory.stat()
-    if status.st_mode & stat.S_IXOTH or (status.st_gid == group and status.st_mode & stat.S_IXGRP):
-        return
     try:
-        os.chown(directory, -1, group)
-        directory.chmod(stat.S_IMODE(status.st_mode) & 0o707 | stat.S_IXGRP)
+        with files.open_directory(directory, trusted=True) as held:
+            place = f"/proc/self/fd/{held.fd}"
+            status = os.fstat(held.fd)
+            if status.st_mode & stat.S_IXOTH or (status.st_gid == group and status.st_mode & stat.S_IXGRP):
+                return
+            os.chown(place, -1, group)
+            os.chmod(place, stat.S_IMODE(status.st_mode) & 0o707 | stat.S_IXGRP)  # noqa: PTH101, S103  # by the descriptor's name
     except OSError as error:
         raise ConfigError(
             "SOCKET_GROUP_REFUSED",

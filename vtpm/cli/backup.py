@@ -6,6 +6,7 @@ run or not. Only `restore --instance` goes through the daemon.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from vtpm import files
 from vtpm.api.v1 import durability_pb2 as pb
 from vtpm.cli import output
 from vtpm.cli.context import OutputOption, cli_settings, connected, say
@@ -55,11 +57,13 @@ def create(
     form: OutputOption = Format.TABLE,
 ) -> None:
     """Back up the store while the daemon runs, or not."""
+    from vtpm.daemon import check_place
     from vtpm.store import backup, backup_file
 
     settings = _settings(config_file)
     recipients = backup_file.recipients_of([*recipient, *(_lines(recipients_file) if recipients_file else ())])
     store = _store_path(settings)
+    check_place(store, service=True)
     if not store.exists():
         raise FailedPreconditionError(
             "STORE_MISSING", "there is no store here", subject=str(store), remedy="name its directory with --state-dir"
@@ -109,7 +113,7 @@ def _restore_store(file: Path, identities: list[Any], settings: Settings, form: 
     with owned_directory(settings.state_dir):
         store = _store_path(settings)
         for leftover in (store, Path(f"{store}-wal"), Path(f"{store}-journal")):
-            if leftover.exists():
+            if os.path.lexists(leftover):
                 raise backup.not_empty(leftover)
         with backup.opened(file, identities, store.parent) as opened:
             written = _put_key_file(opened, settings)
@@ -131,15 +135,11 @@ def _put_key_file(opened: OpenedBackup, settings: Settings) -> Path | None:
     if opened.keys is None or settings.key_provider != _PROVIDER_WITH_FILE:
         return None
     path = _key_file(settings)
-    if path.exists():
+    if os.path.lexists(path):
         say(f"{path} is there already and is left as it is")
         return None
     try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        with open(fd, "wb") as out:  # noqa: PTH123  # by descriptor: made with its mode
-            out.write(opened.keys)
-            out.flush()
-            os.fsync(fd)
+        files.replace(path, opened.keys, trusted=True, replaces=False)
     except OSError as error:
         raise KeyProviderError(
             "KEY_FILE_UNUSABLE", f"the key file can't be written: {error.strerror}", subject=str(path)
@@ -187,10 +187,8 @@ def _restore_instance(file: Path, identities: list[Any], ref: str, name: str) ->
     from vtpm.store import backup
     from vtpm.store.restore import find
 
-    with backup.opened(file, identities) as opened:
-        backup.make_store(opened)
-        with closing(sqlite3.connect(opened.store)) as connection:
-            item = find(connection, ref, str(file))
+    with backup.opened(file, identities) as opened, closing(sqlite3.connect(backup.make_store(opened))) as connection:
+        item = find(connection, ref, str(file))
     request = pb.RestoreInstanceRequest(
         instance=str(item.id),
         name=name or item.name,
@@ -242,13 +240,11 @@ def _key_file(settings: Settings) -> Path:
 
 def _read(path: Path, limit: int) -> bytes:
     try:
-        with path.open("rb") as file:
-            data = file.read(limit + 1)
+        return files.read(path, limit, follow=True)
     except OSError as error:
+        if error.errno == errno.EFBIG:
+            raise InvalidArgumentError("FILE_TOO_LARGE", f"the file has more than {limit} bytes", subject=str(path)) from None
         raise VtpmError("FILE_UNREADABLE", f"the file can't be read: {error.strerror}", subject=str(path)) from None
-    if len(data) > limit:
-        raise InvalidArgumentError("FILE_TOO_LARGE", f"the file has more than {limit} bytes", subject=str(path))
-    return data
 
 
 def _lines(path: Path) -> list[str]:

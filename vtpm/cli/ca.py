@@ -8,6 +8,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
+from vtpm import files
 from vtpm.api.v1 import certificate_pb2 as pb
 from vtpm.cli import output
 from vtpm.cli.certificates import CertificateFormat, print_certificates, write
@@ -162,10 +163,9 @@ def _encoded(der: bytes, label: str, written: CertificateFormat) -> bytes:
 
 def _read(path: Path) -> bytes:
     try:
-        with path.open("rb") as file:
-            content = file.read(_MAX_FILE + 1)
+        content = files.read(path, _MAX_FILE, follow=True)
     except OSError as error:
         raise InvalidArgumentError("FILE_UNREADABLE", f"can't be read: {error.strerror}", subject=str(path)) from None
-    if not content or len(content) > _MAX_FILE:
-        raise InvalidArgumentError("FILE_UNREADABLE", f"is empty, or larger than {_MAX_FILE} bytes", subject=str(path))
+    if not content:
+        raise InvalidArgumentError("FILE_UNREADABLE", "is empty", subject=str(path))
     return content

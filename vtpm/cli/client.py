@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import unquote
 
-from vtpm.errors import ErrorKind, VtpmError
+from vtpm.errors import ErrorKind, InvalidArgumentError, VtpmError
+from vtpm.peers import HeldSocket
 
 if TYPE_CHECKING:
     import grpc
@@ -25,7 +28,13 @@ _OPTIONS: Final = (
 
 
 class Client:
-    """Stubs over one channel to `address`, a gRPC target such as `unix:/run/vtpm/operator.sock`."""
+    """Stubs over one channel to `address`, a gRPC target such as `unix:/run/vtpm/operator.sock`.
+
+    Whoever serves a unix socket is looked at before anything is sent (vtpm.peers).
+
+    Raises:
+        InvalidArgumentError: ADDRESS_UNSUPPORTED.
+    """
 
     def __init__(self, address: str) -> None:
         import grpc
@@ -39,7 +48,9 @@ class Client:
         )
 
         self.address = address
-        self._channel = grpc.insecure_channel(address, options=_OPTIONS)
+        path = _socket_path(address)
+        self._held = HeldSocket(path, timeout_s=_TIMEOUT_S) if path is not None else None
+        self._channel = grpc.insecure_channel(f"unix:{self._held.name}" if self._held else address, options=_OPTIONS)
         self.instances = instance_pb2_grpc.InstanceServiceStub(self._channel)
         self.host = instance_pb2_grpc.HostServiceStub(self._channel)
         self.durability = durability_pb2_grpc.DurabilityServiceStub(self._channel)
@@ -50,6 +61,8 @@ class Client:
     def close(self) -> None:
         """Close the channel."""
         self._channel.close()
+        if self._held is not None:
+            self._held.close()
 
     def call(self, method: Any, request: Any) -> Any:
         """Call a unary method; an error of the call is raised as VtpmError."""
@@ -58,13 +71,42 @@ class Client:
 
     @contextlib.contextmanager
     def errors(self) -> Iterator[None]:
-        """Turn gRPC errors into VtpmError."""
+        """Look at the server, then turn gRPC errors into VtpmError."""
         import grpc
 
+        if self._held is not None:
+            try:
+                self._held.refresh()
+            except OSError as error:
+                raise _unreachable(self.address, error.strerror or str(error)) from None
         try:
             yield
         except grpc.RpcError as error:
             raise to_error(error, self.address) from None
+
+
+def _socket_path(address: str) -> Path | None:
+    """Return the path of a target that names a unix socket, as gRPC reads it; None for another kind of target."""
+    scheme, _, rest = address.partition(":")
+    if scheme == "unix-abstract":
+        raise InvalidArgumentError(
+            "ADDRESS_UNSUPPORTED",
+            "the name of an abstract socket is anybody's",
+            subject=address,
+            remedy="name a socket's path: unix:/…",
+        )
+    if scheme != "unix":
+        return None
+    return Path(unquote(rest.removeprefix("//")))
+
+
+def _unreachable(address: str, why: str = "") -> VtpmError:
+    return VtpmError(
+        "DAEMON_UNREACHABLE",
+        f"no daemon answers at {address}{why and f': {why}'}",
+        remedy="start it with ./script/run, or name its directory with --runtime-dir",
+        kind=ErrorKind.UNAVAILABLE,
+    )
 
 
 def to_error(error: grpc.RpcError, address: str) -> VtpmError:
@@ -90,11 +132,6 @@ def to_error(error: grpc.RpcError, address: str) -> VtpmError:
                     metadata=metadata,
                 )
     if code is grpc.StatusCode.UNAVAILABLE:
-        return VtpmError(
-            "DAEMON_UNREACHABLE",
-            f"no daemon answers at {address}",
-            remedy="start it with ./script/run, or name its directory with --runtime-dir",
-            kind=ErrorKind.UNAVAILABLE,
-        )
+        return _unreachable(address)
     kind = ErrorKind(code.name) if code.name in ErrorKind.__members__ else ErrorKind.INTERNAL
     return VtpmError(code.name, error.details() or code.name, kind=kind)

@@ -38,9 +38,11 @@ def cli_settings() -> dict[str, object]:
 @contextlib.contextmanager
 def connected() -> Iterator[Client]:
     """A client for the daemon."""
+    from urllib.parse import quote
+
     from vtpm.config import Settings
 
-    address = Place.address or f"unix:{Settings.load(cli_settings()).operator_socket}"
+    address = Place.address or f"unix:{quote(str(Settings.load(cli_settings()).operator_socket))}"
     client = Client(address)
     try:
         yield client

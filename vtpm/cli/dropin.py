@@ -8,12 +8,11 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn, TextIO
 
 from vtpm import __version__
 from vtpm.cli.dropin_options import Options, parse, refused
-from vtpm.cli.dropin_process import NAME, Log, daemonize, detach, run_as, write_pid
+from vtpm.cli.dropin_process import NAME, Log, daemonize, detach, run_as, written_pid
 from vtpm.errors import VtpmError
 
 if TYPE_CHECKING:
@@ -184,9 +183,6 @@ def _run_tpm(options: Options, ready: TextIO | None) -> int:
         failure = tpm.wait()
         if failure:
             log.line(failure)
-        if options.pid_file:
-            with contextlib.suppress(OSError):
-                Path(options.pid_file).unlink()
     return 1 if failure else 0
 
 
@@ -215,15 +211,15 @@ def _serve_clients(options: Options, tpm: Tpm, control: Control, device: int, *,
     server = Server(options, tpm, control, device)
     try:
         server.listen()
-        write_pid(options)
-        if ready is not None:
-            detach(ready)
-        if log.fd != 2 and not ready:
-            os.dup2(log.fd, 2)
-        server.run()
-        if not control.ended:
-            with contextlib.suppress(VtpmError):
-                control.suspend()
+        with written_pid(options):
+            if ready is not None:
+                detach(ready)
+            if log.fd != 2 and not ready:
+                os.dup2(log.fd, 2)
+            server.run()
+            if not control.ended:
+                with contextlib.suppress(VtpmError):
+                    control.suspend()
     finally:
         server.close()
 

@@ -13,9 +13,11 @@ from typing import Any, Final
 
 from cryptography.hazmat.primitives.asymmetric import rsa
 
+from vtpm import files
 from vtpm.errors import FailedPreconditionError, InvalidArgumentError
 from vtpm.tpm.keys import public_key
 
+_MAX_FILE: Final = 1 << 20
 _NAME: Final = "swtpm_setup.conf"
 _VARIABLE: Final = re.compile(r"\$\{(\w+)\}")
 _FILES: Final = {"ek": "ek.cert", "platform": "platform.cert"}
@@ -32,7 +34,7 @@ def find_config(given: str) -> Path:
 def read_config(path: Path) -> dict[str, str]:
     """Return its settings."""
     try:
-        lines = path.read_text().splitlines()
+        lines = files.read(path, _MAX_FILE, follow=True).decode(errors="replace").splitlines()
     except OSError as error:
         raise InvalidArgumentError(
             "FILE_UNREADABLE", f"Could not read the config file: {error.strerror}", subject=str(path), remedy="give --config"
@@ -78,7 +80,8 @@ class Certifier:
                     raise FailedPreconditionError(
                         "CERTIFICATE_TOOL_FAILED", f"{tool} ended with status {ran.returncode}", remedy="see what it said above"
                     )
-                return (Path(directory) / _FILES[kind]).read_bytes()
+                # The directory is this user's alone; the program may have left anything in it.
+                return files.read(Path(directory) / _FILES[kind], _MAX_FILE)
             except OSError as error:
                 raise FailedPreconditionError(
                     "CERTIFICATE_TOOL_FAILED", f"{tool}: {error.strerror}", remedy="see create_certs_tool in the config file"

@@ -12,7 +12,9 @@ import os
 import socket
 from pathlib import Path
 from typing import Final
+from urllib.parse import quote
 
+from vtpm import peers
 from vtpm.api.v1 import instance_pb2 as pb
 from vtpm.cli.client import Client
 from vtpm.cli.dropin_state import StateDirectory
@@ -29,7 +31,7 @@ _TIMEOUT_S: Final = 15.0
 
 def instance_for(directory: Path, state: StateDirectory) -> pb.Instance:
     """Return the instance of `directory`, made and given the directory's state if there is none."""
-    client = Client(f"unix:{Settings.load({}).operator_socket}")
+    client = Client(f"unix:{quote(str(Settings.load({}).operator_socket))}")
     with contextlib.closing(client):
         name = f"swtpm-{hashlib.sha256(os.fsencode(directory)).hexdigest()[:16]}"
         try:
@@ -59,10 +61,8 @@ class DaemonTpm:
 
     def __init__(self, control_socket: str) -> None:
         self.failure = ""
-        self._control = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._control.settimeout(_TIMEOUT_S)
         try:
-            self._control.connect(control_socket)
+            self._control = peers.connect(control_socket, timeout_s=_TIMEOUT_S)
         except OSError as error:
             raise UnavailableError("INSTANCE_UNREACHABLE", f"{error.strerror}", subject=control_socket) from None
         # Between requests it is readable only once the instance's run has ended.
@@ -74,6 +74,13 @@ class DaemonTpm:
 
     def execute(self, command: bytes) -> bytes:
         """See StandaloneTpm."""
+        try:
+            return self._execute(command)
+        except OSError as error:
+            why = error.strerror or "the instance does not answer"
+            raise UnavailableError("INSTANCE_UNREACHABLE", why, remedy="see the daemon's log") from None
+
+    def _execute(self, command: bytes) -> bytes:
         ours, theirs = socket.socketpair()
         with ours, theirs:
             ours.settimeout(_TIMEOUT_S)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import select
@@ -62,7 +63,13 @@ def open_device(options: Options) -> int:
         return options.device
     path = str(VTPMX if options.proxy else options.device)
     try:
-        return os.open(path, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
+        # Waiting for nobody: what is no device is told from one only when it is open.
+        fd = os.open(path, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
+        if not stat.S_ISCHR(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise OSError(errno.ENODEV, "it is no character device", path)
+        os.set_blocking(fd, True)
+        return fd
     except OSError as error:
         remedy = "as root: modprobe tpm_vtpm_proxy; or use the form: swtpm socket …" if options.proxy else ""
         raise refused(f"Could not open {path}: {error.strerror}", remedy) from None

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import fcntl
 import os
-import stat
 import struct
 from pathlib import Path
 from typing import Final
 
+from vtpm import files
 from vtpm.cli.dropin_state import StateDirectory, replace
 from vtpm.errors import FailedPreconditionError, InvalidArgumentError, SealedStateError
+from vtpm.files import Directory
 from vtpm.tpm.ptm import MAX_STATE_SIZE
 from vtpm.wire.swtpm_state import PERMANENT, VOLATILE
 
@@ -34,8 +35,14 @@ class StateFile(StateDirectory):
     """The states in `path`; see StateDirectory. Their other sections, which swtpm does not use, are kept as they are."""
 
     def __init__(self, path: Path, mode: int = 0o640, key: bytes | None = None) -> None:
-        # A name that points elsewhere stays one: the file that it points to is replaced.
-        super().__init__(Path(os.path.realpath(path)), mode, key)
+        super().__init__(path, mode, key)
+        self._name = ""
+
+    def _held(self) -> Directory:
+        """The directory of the file. A name that points elsewhere stays one: the file that it points to is replaced."""
+        if self._place is None:
+            self._place, self._name = files.parent_of(self._directory, follow=True)
+        return self._place
 
     def lock(self) -> None:
         """Keep every other one of ours, and every swtpm that locks, away from this file, for the life of this process.
@@ -46,21 +53,14 @@ class StateFile(StateDirectory):
         """
         for _ in range(_LOCK_TRIES):
             try:
-                file = os.open(
-                    self._directory, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, self._mode
-                )
+                file = self._held().open(self._name, os.O_RDWR | os.O_CREAT, self._mode)
             except OSError as error:
                 raise InvalidArgumentError(
-                    "FILE_UNWRITABLE", f"can't be used: {error.strerror}", subject=str(self._directory)
-                ) from None
-            if not stat.S_ISREG(os.fstat(file).st_mode):
-                os.close(file)
-                raise InvalidArgumentError(
                     "FILE_UNWRITABLE",
-                    "this is no regular file; a device can't be written as one step",
+                    f"can't be used: {error.strerror}",
                     subject=str(self._directory),
-                    remedy="give a file, or a directory with dir://…",
-                )
+                    remedy="give a regular file, which can be written as one step, or a directory with dir://…",
+                ) from None
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -71,7 +71,8 @@ class StateFile(StateDirectory):
                     subject=str(self._directory),
                     remedy="end it first",
                 ) from None
-            if os.path.samestat(os.fstat(file), self._directory.stat()):
+            there = self._held().status(self._name)
+            if there is not None and os.path.samestat(os.fstat(file), there):
                 self._lock_fd = file
                 return
             # It was replaced between the two, by one that has ended meanwhile.
@@ -84,8 +85,7 @@ class StateFile(StateDirectory):
         if sections.pop(_NUMBERS[VOLATILE], None) is not None:
             self._replace(sections)
 
-    def sizes(self) -> dict[str, int]:
-        """See StateDirectory."""
+    def _sizes(self) -> dict[str, int]:
         sections = self._sections()
         names = {"permall": PERMANENT, "volatilestate": VOLATILE}
         return {name: len(sections[_NUMBERS[file]]) for name, file in names.items() if _NUMBERS[file] in sections}
@@ -102,14 +102,16 @@ class StateFile(StateDirectory):
         self._replace(sections)
 
     def _replace(self, sections: dict[int, bytes]) -> None:
-        file = replace(self._directory, _build(sections), self._mode, lock=True)
+        file = replace(self._held(), self._name, _build(sections), self._mode, lock=True)
         # Only now: the lock on the old file kept others from beginning on it.
         os.close(self._lock_fd)
         self._lock_fd = file
 
     def _sections(self) -> dict[int, bytes]:
         try:
-            data = os.pread(self._lock_fd, _MAX_SIZE, 0) if self._lock_fd >= 0 else self._directory.read_bytes()
+            # Not by another descriptor of the same file: the lock goes with the first that is closed (fcntl(2)).
+            locked = self._lock_fd >= 0
+            data = os.pread(self._lock_fd, _MAX_SIZE, 0) if locked else self._held().read(self._name, _MAX_SIZE)
         except FileNotFoundError:
             return {}
         return _parse(data, str(self._directory))

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Final, TextIO
 
+from vtpm import files
 from vtpm.cli.dropin_options import Options, refused
+from vtpm.files import Directory
 
 NAME: Final = "swtpm"
 
@@ -22,12 +27,7 @@ class Log:
         if fields.get("file") == "-" or (quiet and not {"file", "fd"} & fields.keys()):
             self.fd = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
         elif "file" in fields:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_APPEND
-            flags |= os.O_TRUNC if "truncate" in fields else 0
-            try:
-                self.fd = os.open(fields["file"], flags, 0o640)
-            except OSError as error:
-                raise refused(f"Could not open logfile {fields['file']}: {error.strerror}") from None
+            self.fd = open_log(fields["file"], truncate="truncate" in fields)
         elif "fd" in fields:
             try:
                 self.fd = int(fields["fd"])
@@ -43,6 +43,26 @@ class Log:
         """Write a line."""
         with contextlib.suppress(OSError):
             os.write(self.fd, f"{self._prefix}{NAME}: {text}\n".encode(errors="replace"))
+
+
+def open_log(path: str, *, truncate: bool = False) -> int:
+    """Return a descriptor that lines are appended to: of a file that nobody else has another name for, or of the null device.
+
+    Raises:
+        InvalidArgumentError: USAGE.
+    """
+    if path == os.devnull:
+        return os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        fd = files.open_file(Path(path), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o640)
+        if os.fstat(fd).st_nlink > 1:
+            os.close(fd)
+            raise OSError(errno.EMLINK, "it has other names, and may be another file", path)
+        if truncate:
+            os.ftruncate(fd, 0)
+    except OSError as error:
+        raise refused(f"Could not open logfile {path}: {error.strerror}") from None
+    return fd
 
 
 def daemonize() -> TextIO:
@@ -90,16 +110,23 @@ def run_as(user: str) -> None:
         raise refused(f"Could not become user '{user}': {error.strerror}") from None
 
 
-def write_pid(options: Options) -> None:
-    """Write the PID where it is asked for."""
+@contextlib.contextmanager
+def written_pid(options: Options) -> Iterator[None]:
+    """Write the PID where it is asked for; at the end the file is removed, if it is still the one that was written."""
     text = str(os.getpid()).encode()
+    place: tuple[Directory, str, int] | None = None
     try:
         if options.pid_file:
-            file = os.open(options.pid_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640)
-            os.write(file, text)
-            os.close(file)
+            directory, name = files.parent_of(Path(options.pid_file))
+            place = directory, name, directory.put(name, lambda fd: files.write_all(fd, text), mode=0o640)
         if options.pid_fd >= 0:
             os.write(options.pid_fd, text)
             os.close(options.pid_fd)
     except OSError as error:
         raise refused(f"Could not write the PID file: {error.strerror}") from None
+    try:
+        yield
+    finally:
+        if place is not None:
+            with contextlib.suppress(OSError):
+                place[0].remove(place[1], place[2])

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import os
 import select
 import signal
 import socket
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+from vtpm import files
 from vtpm.cli.dropin_control import Control, Tpm
 from vtpm.cli.dropin_data import DataChannel, RelayedData
 from vtpm.cli.dropin_device import Device, is_stream_socket
 from vtpm.cli.dropin_options import Address, Options, refused
 from vtpm.errors import EngineError
+from vtpm.files import Directory
 from vtpm.tpm.ptm import CODE, ControlReader, Result
 
 _CHECK_S: Final = 5.0
@@ -30,11 +34,12 @@ class Listener:
     """A socket that clients connect to; unlinked at the end if it was made here."""
 
     def __init__(self, address: Address) -> None:
-        self.path = address.path if address.fd < 0 else ""
+        # Where it was made here: the directory, the name in it, and a descriptor of the socket's file.
+        self._made: tuple[Directory, str, int] | None = None
         if address.fd >= 0:
             self.socket = socket.socket(fileno=address.fd)
-        elif self.path:
-            self.socket = _bind_path(address)
+        elif address.path:
+            self.socket, self._made = _bind_path(address)
         else:
             self.socket = _bind_port(address)
         if not self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
@@ -56,36 +61,47 @@ class Listener:
     def close(self) -> None:
         """Listen no longer."""
         self.socket.close()
-        if self.path:
+        if self._made is not None:
+            directory, name, fd = self._made
             with contextlib.suppress(OSError):
-                Path(self.path).unlink()
+                directory.remove(name, fd)
 
 
-def _bind_path(address: Address) -> socket.socket:
+def _bind_path(address: Address) -> tuple[socket.socket, tuple[Directory, str, int]]:
     """Bind, set mode and owner and listen before the name is there: whoever waits for it can connect at once."""
-    path = Path(address.path)
-    hidden = path.with_name(f".{os.getpid()}")
-    if len(os.fsencode(hidden)) > _MAX_PATH:
-        hidden = path
-        path.unlink(missing_ok=True)
+    if len(os.fsencode(address.path)) > _MAX_PATH:
+        raise refused(f"Could not open UnixIO socket {address.path}: a path that clients can use has {_MAX_PATH} bytes at most")
+    try:
+        path = Path(address.path)
+        directory, name = files.open_directory(path.parent), path.name
+        listener, fd = _bind_in(directory, name, address)
+    except OSError as error:
+        raise refused(f"Could not open UnixIO socket {address.path}: {error.strerror or error}") from None
+    return listener, (directory, name, fd)
+
+
+def _bind_in(directory: Directory, name: str, address: Address) -> tuple[socket.socket, int]:
+    old = directory.status(name)
+    if old is not None and (stat.S_ISCHR(old.st_mode) or stat.S_ISBLK(old.st_mode)):
+        raise OSError(errno.EEXIST, "it is a device, and is left as it is", directory.path(name))
+    hidden = f".{os.getpid()}"
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         before = os.umask(0o177)
         try:
-            listener.bind(str(hidden))
+            # Through the descriptor, so that the directory can't be another one meanwhile.
+            listener.bind(directory.reach(hidden))
         finally:
             os.umask(before)
-        if address.uid >= 0 or address.gid >= 0:
-            os.chown(hidden, address.uid, address.gid)
-        hidden.chmod(address.mode)
+        fd = directory.give_socket(hidden, address.mode, uid=address.uid, gid=address.gid)
         listener.listen(1)
         # Also over what is left of one that was killed.
-        hidden.rename(path)
-    except OSError as error:
-        if hidden != path:
-            hidden.unlink(missing_ok=True)
-        raise refused(f"Could not open UnixIO socket {path}: {error.strerror or error}") from None
-    return listener
+        os.rename(hidden, name, src_dir_fd=directory.fd, dst_dir_fd=directory.fd)
+    except BaseException:
+        listener.close()
+        directory.unlink(hidden)
+        raise
+    return listener, fd
 
 
 def _bind_port(address: Address) -> socket.socket:

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 
-from vtpm import __version__
+from vtpm import __version__, files
 from vtpm.cli.dropin_options import refused, state_place
 from vtpm.errors import VtpmError
 
@@ -131,7 +131,7 @@ class _Job:
         given = self._given
         from vtpm.cli import dropin_certs, dropin_make
         from vtpm.cli.dropin_linear import StateFile
-        from vtpm.cli.dropin_process import run_as
+        from vtpm.cli.dropin_process import open_log, run_as
         from vtpm.cli.dropin_state import StateDirectory, read_key
         from vtpm.engine import sandbox
         from vtpm.wire.swtpm_state import load_ciphers
@@ -144,10 +144,7 @@ class _Job:
         if not needed.is_dir():
             raise refused(f"Cannot access directory {needed}. Make sure it exists and is a directory.")
         if "--logfile" in given:
-            try:
-                self._log_fd = os.open(given["--logfile"], os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o640)
-            except OSError as error:
-                raise refused(f"Could not open logfile {given['--logfile']}: {error.strerror}") from None
+            self._log_fd = open_log(given["--logfile"])
         key = {_KEY_SOURCES[name]: value for name, value in given.items() if name in _KEY_SOURCES}
         if key:
             key["mode"] = given.get("--cipher", "aes-128-cbc")
@@ -217,7 +214,14 @@ class _Job:
                 setup.write_nv(PLATFORM_CERTIFICATE, platform_certificate, lock=lock)
                 self._say(f"Successfully created NVRAM area 0x{PLATFORM_CERTIFICATE:x} for platform certificate.")
             if "--write-ek-cert-files" in given:
-                (Path(given["--write-ek-cert-files"]) / f"ek-{name}.crt").write_bytes(certificate)
+                _write_certificate(Path(given["--write-ek-cert-files"]) / f"ek-{name}.crt", certificate)
+
+
+def _write_certificate(path: Path, certificate: bytes) -> None:
+    try:
+        files.replace(path, certificate, mode=0o666)
+    except OSError as error:
+        raise refused(f"Could not write {path}: {error.strerror}") from None
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 import threading
@@ -10,7 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
+from vtpm import files
 from vtpm.errors import FailedPreconditionError, InvalidArgumentError
+from vtpm.files import Directory
+from vtpm.tpm.ptm import MAX_STATE_SIZE
 from vtpm.wire import swtpm_state
 from vtpm.wire.swtpm_state import PERMANENT, VOLATILE
 
@@ -37,15 +39,23 @@ def read_key(fields: Mapping[str, str], option: str = "--key") -> bytes | None:
     except (KeyError, ValueError):
         raise InvalidArgumentError("USAGE", "Error parsing key options: unknown mode, format, kdf or descriptor") from None
     try:
-        with open(place, "rb") as stream:  # noqa: PTH123  # may be a descriptor
-            content = stream.read(_MAX_KEY_FILE_SIZE)
-        if fields.get("remove", "false") in ("true", "1") and isinstance(place, str):
-            Path(place).unlink()
+        if isinstance(place, int):
+            content = files.read_descriptor(place, _MAX_KEY_FILE_SIZE, str(place))
+        else:
+            content = files.read(Path(place), _MAX_KEY_FILE_SIZE, follow=True)
+            if fields.get("remove", "false") in ("true", "1"):
+                _remove(Path(place))
     except OSError as error:
         raise InvalidArgumentError("FILE_UNREADABLE", f"Unable to open file {place}: {error.strerror}") from None
     if source.startswith("pwd"):
         return swtpm_keys.key_from_password(content, mode, kdf, subject=str(place))
     return swtpm_keys.key_from_file(content, mode, form, subject=str(place))
+
+
+def _remove(path: Path) -> None:
+    directory, name = files.parent_of(path)
+    with directory:
+        directory.unlink(name)
 
 
 class StateDirectory:
@@ -56,6 +66,7 @@ class StateDirectory:
         self._mode = mode
         self._key = key
         self._lock_fd = -1
+        self._place: Directory | None = None
         # The commit thread writes, and the loop writes a first state.
         self._writing = threading.Lock()
         self._written = False
@@ -67,9 +78,8 @@ class StateDirectory:
             InvalidArgumentError: FILE_UNWRITABLE.
             FailedPreconditionError: SWTPM_RUNNING.
         """
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
-            self._lock_fd = os.open(self._directory / _LOCK, flags, self._mode)
+            self._lock_fd = self._held().open(_LOCK, os.O_WRONLY | os.O_CREAT, self._mode)
         except OSError as error:
             raise InvalidArgumentError(
                 "FILE_UNWRITABLE", f"can't be used: {error.strerror}", subject=str(self._directory)
@@ -132,58 +142,60 @@ class StateDirectory:
 
     def drop_volatile(self) -> None:
         """Forget the volatile state durably: it is used once (invariant 2)."""
-        with contextlib.suppress(FileNotFoundError):
-            (self._directory / VOLATILE).unlink()
-            sync_directory(self._directory)
+        place = self._held()
+        if place.status(VOLATILE) is not None:
+            place.unlink(VOLATILE)
+            place.sync()
 
     def sizes(self) -> dict[str, int]:
-        """Return what `--print-states` tells: swtpm's names of the states that are there, with the sizes of their files."""
+        """Return what `--print-states` tells: swtpm's names of the states that are there, with the sizes of their files.
+
+        Raises:
+            InvalidArgumentError: FILE_UNREADABLE.
+        """
+        try:
+            return self._sizes()
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            raise InvalidArgumentError(
+                "FILE_UNREADABLE", f"can't be read: {error.strerror}", subject=str(self._directory)
+            ) from None
+
+    def _sizes(self) -> dict[str, int]:
         names = {"permall": PERMANENT, "volatilestate": VOLATILE}
-        return {
-            name: (self._directory / file).stat().st_size for name, file in names.items() if (self._directory / file).exists()
-        }
+        found = {name: self._held().status(file) for name, file in names.items()}
+        return {name: status.st_size for name, status in found.items() if status is not None}
+
+    def _held(self) -> Directory:
+        """The directory, held from its first use on: all that is read and written is in it, wherever its name leads later."""
+        if self._place is None:
+            self._place = files.open_directory(self._directory)
+        return self._place
 
     def _subject(self, name: str) -> str:
         return str(self._directory / name)
 
     def _load(self, name: str) -> bytes | None:
         try:
-            return (self._directory / name).read_bytes()
+            return self._held().read(name, MAX_STATE_SIZE)
         except FileNotFoundError:
             return None
 
     def _store(self, name: str, data: bytes) -> None:
-        os.close(replace(self._directory / name, data, self._mode))
+        os.close(replace(self._held(), name, data, self._mode))
 
 
-def replace(path: Path, data: bytes, mode: int, *, lock: bool = False) -> int:
+def replace(directory: Directory, name: str, data: bytes, mode: int, *, lock: bool = False) -> int:
     """Put a file in the place of another, durably and as one step; return its open descriptor.
 
     With `lock` it is locked before anybody else can open it.
     """
-    # One name, so that a crash leaves at most one; nobody else writes here, the lock sees to that.
-    temporary = path.with_name(f"TMP-{path.name}")
-    file = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
-    try:
+
+    def fill(fd: int) -> None:
         if lock:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.fchmod(file, mode)
-        os.write(file, data)
-        os.fsync(file)
-        if os.fstat(file).st_size != len(data):
-            raise OSError("the disk is full")
-        temporary.replace(path)
-        sync_directory(path.parent)
-    except BaseException:
-        os.close(file)
-        raise
-    return file
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        files.write_all(fd, data)
 
-
-def sync_directory(directory: Path) -> None:
-    """Make the names in a directory durable."""
-    opened = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
+    # One name, so that a crash leaves at most one; nobody else writes here, the lock sees to that.
+    return directory.put(name, fill, mode=mode, exact=True, temporary=f"TMP-{name}")

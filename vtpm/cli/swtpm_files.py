@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
-import secrets
-import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from vtpm import files
 from vtpm.errors import AlreadyExistsError, FailedPreconditionError, InvalidArgumentError, NotFoundError
 from vtpm.tpm.ptm import MAX_STATE_SIZE
 from vtpm.wire import swtpm_keys, swtpm_state
@@ -68,7 +68,8 @@ def locked(directory: Path) -> Iterator[None]:
     """Keep swtpm from starting on `directory`, and refuse if one runs: it holds the lock."""
     try:
         # A shared lock needs no right to write, so that a read-only backup can be imported too.
-        lock = os.open(directory / _LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with files.open_directory(directory) as place:
+            lock = place.open(_LOCK)
     except FileNotFoundError:
         # Never used by a swtpm that locks.
         yield
@@ -92,7 +93,7 @@ def locked(directory: Path) -> Iterator[None]:
 
 def read_state(path: Path, source: KeySource, mode: KeyMode | None) -> bytes:
     """Return the TPM's permanent state out of swtpm's file."""
-    data = _read(path, MAX_STATE_SIZE, regular=True)
+    data = _read(path, MAX_STATE_SIZE, follow=False)
     # If it is not encrypted, the key is refused whatever its size.
     mode = mode or swtpm_state.mode_of(data, subject=str(path)) or KeyMode.AES_256_CBC
     payload = swtpm_state.parse(data, source.read(mode), subject=str(path))
@@ -104,7 +105,7 @@ def prepare(given: Path, *, force: bool) -> Path:
     """Return the directory to write to, made if it is missing; refuse one that holds a TPM already."""
     directory = given / _LIBVIRT if (given / _LIBVIRT).is_dir() else given
     try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        files.open_directory(directory, make=0o700).close()
     except OSError as error:
         raise _unusable("FILE_UNWRITABLE", "made", directory, error) from None
     for name in (PERMANENT, VOLATILE):
@@ -116,51 +117,27 @@ def prepare(given: Path, *, force: bool) -> Path:
 def write_state(directory: Path, data: bytes, *, force: bool) -> None:
     """Write swtpm's file durably and as one step."""
     path = directory / PERMANENT
-    temporary = directory / f".{PERMANENT}.{secrets.token_hex(8)}"
     try:
-        file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with open(file, "wb") as stream:  # noqa: PTH123  # a descriptor
-            stream.write(data)
-            stream.flush()
-            os.fsync(file)
-        if force:
+        with files.open_directory(directory) as place:
             # Volatile state of another TPM must never meet this one.
-            (directory / VOLATILE).unlink(missing_ok=True)
-            temporary.replace(path)
-        else:
-            path.hardlink_to(temporary)
-            temporary.unlink()
-        _sync(directory)
+            forget = (lambda: place.unlink(VOLATILE)) if force else None
+            os.close(place.put(PERMANENT, lambda fd: files.write_all(fd, data), replaces=force, before=forget))
     except FileExistsError:
         raise _exists(path) from None
     except OSError as error:
         raise _unusable("FILE_UNWRITABLE", "written", path, error) from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
-def _sync(directory: Path) -> None:
-    opened = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def _read(path: Path, limit: int, *, follow: bool = True) -> bytes:
+    """Read at most `limit` bytes; a key may also come through a pipe of this process's own."""
     try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)
-
-
-def _read(path: Path, limit: int, *, regular: bool = False) -> bytes:
-    """Read at most `limit` bytes, and one more to tell that there are more; a key may also come through a pipe."""
-    try:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (os.O_NONBLOCK if regular else 0))
-        with open(file, "rb") as stream:  # noqa: PTH123  # a descriptor
-            if regular and not stat.S_ISREG(os.fstat(file).st_mode):
-                raise InvalidArgumentError("FILE_UNREADABLE", "this is no regular file", subject=str(path))
-            data = stream.read(limit + 1)
+        return files.read(path, limit, follow=follow)
     except OSError as error:
+        if error.errno == errno.EFBIG:
+            raise InvalidArgumentError(
+                "FILE_TOO_LARGE", f"more than {limit} bytes", subject=str(path), remedy="name another file"
+            ) from None
         raise _unusable("FILE_UNREADABLE", "read", path, error) from None
-    if len(data) > limit:
-        raise InvalidArgumentError("FILE_TOO_LARGE", f"more than {limit} bytes", subject=str(path), remedy="name another file")
-    return data
 
 
 def _unusable(reason: str, done: str, path: Path, error: OSError) -> InvalidArgumentError:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
+import errno
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
+from vtpm import files
 from vtpm.api.v1 import tpm_pb2 as pb
 from vtpm.cli import output
 from vtpm.cli.context import NameArgument, OutputOption, connected, say
@@ -53,14 +53,10 @@ def write_file(path: Path, content: bytes) -> None:
     Raises:
         InvalidArgumentError: FILE_UNWRITABLE.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        temporary.replace(path)
+        # For everybody whom the umask lets read.
+        files.replace(path, content, mode=0o666, make=0o777)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise InvalidArgumentError("FILE_UNWRITABLE", f"can't be written: {error.strerror}", subject=str(path)) from None
 
 
@@ -113,22 +109,25 @@ def measure(
 ) -> None:
     """Extend a PCR with a file's digests and record the event."""
     try:
-        if str(file) == "-":
-            data = sys.stdin.buffer.read(_MAX_FILE_SIZE + 1)
-        else:
-            with file.open("rb") as source:
-                data = source.read(_MAX_FILE_SIZE + 1)
+        given = str(file) == "-"
+        data = sys.stdin.buffer.read(_MAX_FILE_SIZE + 1) if given else files.read(file, _MAX_FILE_SIZE, follow=True)
     except OSError as error:
+        if error.errno == errno.EFBIG:
+            raise _too_large(file) from None
         raise InvalidArgumentError("FILE_UNREADABLE", f"can't be read: {error.strerror}", subject=str(file)) from None
     if len(data) > _MAX_FILE_SIZE:
-        raise InvalidArgumentError(
-            "DATA_TOO_LARGE", "at most 1 MiB can be measured", subject=str(file), remedy="measure its digest"
-        )
+        raise _too_large(file)
     text = event or (file.name if str(file) != "-" else "stdin")
     with connected() as client:
         request = pb.MeasureRequest(instance=name, pcr=pcr, data=data, event_data=text.encode())
         made: pb.MeasureResponse = client.call(client.tpm.Measure, request)
     _print_values(made.values, form)
+
+
+def _too_large(file: Path) -> InvalidArgumentError:
+    return InvalidArgumentError(
+        "DATA_TOO_LARGE", "at most 1 MiB can be measured", subject=str(file), remedy="measure its digest"
+    )
 
 
 def eventlog(

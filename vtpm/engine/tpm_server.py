@@ -14,6 +14,7 @@ import os
 import select
 import signal
 import socket
+import stat
 import struct
 import time
 from collections.abc import Sequence
@@ -224,8 +225,10 @@ class TpmServer:
     def _read_state(self) -> bytes:
         # By its name each time, and without following links: whatever the program does to the file, this is what it left.
         try:
-            fd = os.open(self._directory / _NV_FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            fd = os.open(self._directory / _NV_FILE, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
             with os.fdopen(fd, "rb") as file:
+                if not stat.S_ISREG(os.fstat(fd).st_mode):
+                    raise self._lost("its state is no regular file")
                 state = file.read(_MAX_STATE_SIZE + 1)
         except OSError as error:
             raise self._lost(f"its state can't be read: {error.strerror}") from error

@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from cryptography.hazmat.primitives.serialization import load_der_public_key
 
+from vtpm import files
 from vtpm.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
 from vtpm.pki.signer import CaPublicKey, ca_public_key, signature_algorithm, signature_hash
 
@@ -81,14 +82,14 @@ def read_pin(pin_file: str, environment: Mapping[str, str] | None = None) -> str
     value = (os.environ if environment is None else environment).get(PIN_VARIABLE, "")
     if pin_file:
         try:
-            with Path(pin_file).open("rb") as file:
-                value = file.read(_MAX_PIN + 2).decode().removesuffix("\n").removesuffix("\r")
+            content = files.read(Path(pin_file), _MAX_PIN + 2, follow=True, trusted=True, owned=True)
+            value = content.decode().removesuffix("\n").removesuffix("\r")
         except (OSError, UnicodeDecodeError) as error:
             raise FailedPreconditionError(
                 "PKCS11_PIN_UNREADABLE",
                 f"the PIN's file can't be read: {getattr(error, 'strerror', '') or 'it is no text'}",
                 subject=pin_file,
-                remedy="check ca_pkcs11_pin_file",
+                remedy=getattr(error, "remedy", "check ca_pkcs11_pin_file"),
             ) from None
     if not value or len(value) > _MAX_PIN:
         raise FailedPreconditionError(

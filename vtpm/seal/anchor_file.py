@@ -5,15 +5,14 @@ Whoever can write the store and not this file can't put an older store back unno
 
 from __future__ import annotations
 
-import contextlib
-import os
-import stat
+import errno
 import time
 import uuid
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+from vtpm import files
 from vtpm.crashpoints import crash_point
 from vtpm.errors import AnchorError, SealedStateError, VtpmError
 from vtpm.seal.anchor import MAX_ANCHOR_SIZE, AnchorContent, AnchorKeys, damaged, dump, header_of, parse
@@ -90,26 +89,20 @@ def read_bounded(path: Path) -> bytes | None:
     """Return the content of a regular file; None if there is no file where there is a directory for it.
 
     Raises:
-        AnchorError: ANCHOR_UNREADABLE or ANCHOR_DAMAGED.
+        AnchorError: ANCHOR_UNREADABLE, ANCHOR_NOT_TRUSTED or ANCHOR_DAMAGED.
     """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        data = files.read(path, MAX_ANCHOR_SIZE, trusted=True, owned=True)
     except FileNotFoundError:
         if path.parent.is_dir():
             return None
         raise _unreadable(path, "its directory does not exist") from None
+    except files.UnsafePathError as error:
+        raise _not_trusted(path, error) from None
     except OSError as error:
+        if error.errno == errno.EFBIG:
+            raise damaged(str(path), f"has more than {MAX_ANCHOR_SIZE} bytes") from None
         raise _unreadable(path, error.strerror) from None
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise _unreadable(path, "it is no regular file")
-    with open(fd, "rb") as file:  # noqa: PTH123  # by descriptor: what was checked is what is read
-        try:
-            data = file.read(MAX_ANCHOR_SIZE + 1)
-        except OSError as error:
-            raise _unreadable(path, error.strerror) from None
-    if len(data) > MAX_ANCHOR_SIZE:
-        raise damaged(str(path), f"has more than {MAX_ANCHOR_SIZE} bytes")
     return data
 
 
@@ -122,28 +115,27 @@ def _unreadable(path: Path, why: str | None) -> AnchorError:
     )
 
 
+def _not_trusted(path: Path, error: files.UnsafePathError) -> AnchorError:
+    return AnchorError(
+        "ANCHOR_NOT_TRUSTED",
+        f"somebody else could put another anchor there: {error.strerror}",
+        subject=str(path),
+        remedy=error.remedy,
+    )
+
+
 def put(path: Path, data: bytes) -> None:
     """Replace a file as one step, durably.
 
     Raises:
-        AnchorError: ANCHOR_UNWRITABLE.
+        AnchorError: ANCHOR_UNWRITABLE or ANCHOR_NOT_TRUSTED.
     """
-    temporary = path.with_name(f".{path.name}.new")
     try:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        with open(fd, "wb") as file:  # noqa: PTH123  # by descriptor: made with its mode
-            file.write(data)
-            file.flush()
-            os.fsync(fd)
-        crash_point("anchor.before_rename")
-        temporary.replace(path)
-        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        files.replace(
+            path, data, trusted=True, temporary=f".{path.name}.new", before=lambda: crash_point("anchor.before_rename")
+        )
+    except files.UnsafePathError as error:
+        raise _not_trusted(path, error) from None
     except OSError as error:
         raise AnchorError(
             "ANCHOR_UNWRITABLE",

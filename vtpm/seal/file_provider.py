@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import contextlib
 import json
 import os
 import stat
@@ -20,6 +19,7 @@ from typing import Any, Final
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCMSIV
 
+from vtpm import files
 from vtpm.crashpoints import crash_point
 from vtpm.errors import KeyProviderError, SealedStateError
 from vtpm.seal.keys import DATA_KEY_SIZE, WrappedKey
@@ -35,8 +35,8 @@ class FileKeyProvider:
     """Implements vtpm.seal.keys.KeyProvider. The file is made at first start, mode 0600, and read once.
 
     Raises:
-        KeyProviderError: KEY_FILE_MISSING, KEY_FILE_MODE, KEY_FILE_OWNER, KEY_FILE_DAMAGED, KEY_FILE_FORMAT_UNKNOWN or
-            KEY_FILE_UNUSABLE, with the file as subject. Nothing is overwritten.
+        KeyProviderError: KEY_FILE_MISSING, KEY_FILE_MODE, KEY_FILE_OWNER, KEY_FILE_DAMAGED, KEY_FILE_FORMAT_UNKNOWN,
+            KEY_FILE_NOT_TRUSTED or KEY_FILE_UNUSABLE, with the file as subject. Nothing is overwritten.
     """
 
     name = PROVIDER_NAME
@@ -78,20 +78,23 @@ class FileKeyProvider:
     def _error(self, reason: str, message: str, remedy: str) -> KeyProviderError:
         return KeyProviderError(reason, message, subject=str(self._path), remedy=remedy)
 
+    def _not_trusted(self, error: files.UnsafePathError) -> KeyProviderError:
+        return self._error(
+            "KEY_FILE_NOT_TRUSTED", f"somebody else could put another key file there: {error.strerror}", error.remedy
+        )
+
     # ---- the file --------------------------------------------------------------------------------------------------------
 
     def _read(self) -> None:
         try:
-            # Without O_NONBLOCK a named pipe would keep the daemon waiting for ever.
-            fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            fd = files.open_file(self._path, trusted=True)
+        except files.UnsafePathError as error:
+            raise self._not_trusted(error) from None
         except OSError as error:
             raise self._error(
                 "KEY_FILE_UNUSABLE", f"the key file can't be read: {error.strerror}", "check what it is"
             ) from None
         status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            os.close(fd)
-            raise self._error("KEY_FILE_UNUSABLE", "the key file is no regular file", "put the key file there")
         with open(fd, "rb") as file:  # noqa: PTH123  # by descriptor: what was checked is what is read
             if status.st_uid != os.geteuid():
                 raise self._error(
@@ -133,22 +136,16 @@ class FileKeyProvider:
         """Replace the file as one step, durably; only then does what is in it count."""
         encoded = {key: base64.b64encode(value).decode() for key, value in keys.items()}
         content = json.dumps({"format": _FORMAT, "current": current, "keys": encoded, "rows": sorted(marks)}).encode()
-        temporary = self._path.with_name(f".{self._path.name}.new")
         try:
-            with contextlib.suppress(FileNotFoundError):
-                temporary.unlink()
-            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-            with open(fd, "wb") as file:  # noqa: PTH123  # by descriptor: made with its mode
-                file.write(content)
-                file.flush()
-                os.fsync(fd)
-            crash_point("keys.before_rename")
-            temporary.replace(self._path)
-            directory = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
+            files.replace(
+                self._path,
+                content,
+                trusted=True,
+                temporary=f".{self._path.name}.new",
+                before=lambda: crash_point("keys.before_rename"),
+            )
+        except files.UnsafePathError as error:
+            raise self._not_trusted(error) from None
         except OSError as error:
             raise self._error(
                 "KEY_FILE_UNUSABLE", f"the key file can't be written: {error.strerror}", "check the directory and free space"

@@ -17,15 +17,16 @@ from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any, Final
 
-from vtpm import __version__
+from vtpm import __version__, files
 from vtpm.errors import BackupError, SealedStateError
 from vtpm.seal.envelope import StateKind, place_of
-from vtpm.store import backup_file
+from vtpm.store import backup_file, foreign
 from vtpm.store.backup_file import Content, Manifest, damaged
-from vtpm.store.database import errors
+from vtpm.store.database import SCHEMA_REVISION, errors, refuse_unknown
 from vtpm.store.store import Store
 
 _STEP_PAGES: Final = -1
+_MADE: Final = "made.db"
 _LEAN: Final = (
     f"DELETE FROM states WHERE kind != {int(StateKind.PERMANENT)}",  # noqa: S608  # a constant
     # What an instance that is ON would go on from: the VM will not be there.
@@ -65,7 +66,7 @@ def create(store: Path, out: Path, recipients: Sequence[Any], keys: bytes | None
     """
     if os.path.lexists(out):
         raise backup_file.exists_already(out)
-    with _scratch(out.parent) as directory:
+    with _scratch(out.parent if _is_ours(out.parent) else Path(tempfile.gettempdir())) as directory:
         copy = directory / backup_file.STORE
         _copy(store, copy)
         manifest = _describe(copy, keys)
@@ -73,12 +74,31 @@ def create(store: Path, out: Path, recipients: Sequence[Any], keys: bytes | None
     return manifest
 
 
+def _is_ours(directory: Path) -> bool:
+    """Whether a copy is safe there; where another user could swap it, it is made elsewhere."""
+    try:
+        files.open_directory(directory, trusted=True).close()
+    except files.UnsafePathError:
+        return False
+    except OSError:
+        # It says so by itself.
+        return True
+    return True
+
+
 @contextlib.contextmanager
 def _scratch(parent: Path) -> Iterator[Path]:
     """A directory for a copy of the store; sealed states, wrapped keys."""
     try:
-        with tempfile.TemporaryDirectory(prefix=".vtpm-backup-", dir=parent) as name:
-            yield Path(name)
+        with files.scratch_directory(parent, ".vtpm-backup-") as directory:
+            yield directory
+    except files.UnsafePathError as error:
+        raise BackupError(
+            "BACKUP_UNWRITABLE",
+            f"somebody else could put another file in the copy's place: {error.strerror}",
+            subject=str(parent),
+            remedy=error.remedy,
+        ) from None
     except OSError as error:
         raise BackupError(
             "BACKUP_UNWRITABLE",
@@ -91,10 +111,10 @@ def _scratch(parent: Path) -> Iterator[Path]:
 def _copy(source: Path, target: Path) -> None:
     url = f"sqlite:///{source}"
     with errors(url):
-        with (
-            contextlib.closing(sqlite3.connect(f"file:{_quoted(source)}?mode=ro", uri=True, timeout=10)) as here,
-            contextlib.closing(sqlite3.connect(target)) as there,
-        ):
+        with foreign.reading(source) as here, contextlib.closing(sqlite3.connect(target)) as there:
+            revision = foreign.revision_of(here)
+            refuse_unknown(revision, url)
+            foreign.refuse_foreign(here, None if revision == SCHEMA_REVISION else revision, url)
             # In one step: one moment of the store, while the daemon writes on.
             here.backup(there, pages=_STEP_PAGES)
         with contextlib.closing(sqlite3.connect(target, isolation_level=None)) as copy:
@@ -103,12 +123,6 @@ def _copy(source: Path, target: Path) -> None:
             for statement in _LEAN:
                 copy.execute(statement)
             copy.execute("VACUUM")
-
-
-def _quoted(path: Path) -> str:
-    from urllib.parse import quote
-
-    return quote(str(path))
 
 
 def _describe(store: Path, keys: bytes | None) -> Manifest:
@@ -146,7 +160,8 @@ def opened(path: Path, identities: Sequence[Any], scratch: Path | None = None) -
     """
     with _scratch(scratch or Path(tempfile.gettempdir())) as directory:
         store = directory / backup_file.STORE
-        with store.open("wb") as file:
+        # In a directory that was made just now, for this user alone.
+        with store.open("xb") as file:
             manifest, keys = backup_file.read(path, identities, file)
         _check(store, manifest, str(path))
         yield OpenedBackup(manifest, store, keys)
@@ -154,7 +169,12 @@ def opened(path: Path, identities: Sequence[Any], scratch: Path | None = None) -
 
 def _check(store: Path, manifest: Manifest, subject: str) -> None:
     try:
-        with contextlib.closing(sqlite3.connect(f"file:{_quoted(store)}?mode=ro", uri=True)) as connection:
+        with foreign.reading(store) as connection:
+            revision = foreign.revision_of(connection)
+            if revision is None:
+                raise damaged(subject, "its database is none of this service's")
+            refuse_unknown(revision, subject)
+            foreign.check(connection, None if revision == SCHEMA_REVISION else revision)
             if connection.execute("PRAGMA integrity_check(1)").fetchone() != ("ok",):
                 raise damaged(subject, "its database is not whole")
             if connection.execute("PRAGMA foreign_key_check").fetchone() is not None:
@@ -167,15 +187,27 @@ def _check(store: Path, manifest: Manifest, subject: str) -> None:
                 place = place_of(blob)
                 if (place.instance.hex, place.kind, place.epoch, place.version) != (instance, kind, epoch, version):
                     raise damaged(subject, f"the state of {place.instance} is in another's place")
-    except sqlite3.Error:
+    except foreign.ForeignObjectError as error:
+        raise _foreign(subject, error) from None
+    except (sqlite3.Error, TypeError):
         raise damaged(subject, "its database can't be read") from None
     except SealedStateError as error:
         raise damaged(subject, f"a sealed state: {error.reason}") from None
 
 
-def make_store(backup: OpenedBackup, open_rows: Callable[[Store], None] | None = None) -> Path:
-    """Make the database of an opened backup a store that a daemon can go on with, and return where it is.
+def _foreign(subject: str, error: foreign.ForeignObjectError) -> BackupError:
+    return BackupError(
+        "BACKUP_SCHEMA_FOREIGN",
+        f"its database is not as this service makes it: {error}",
+        subject=subject,
+        remedy="whoever made this backup is not to be trusted; take another",
+    )
 
+
+def make_store(backup: OpenedBackup, open_rows: Callable[[Store], None] | None = None) -> Path:
+    """Make a store that a daemon can go on with of an opened backup, and return where it is.
+
+    Its schema is made here, and the rows are copied into it: nothing of the backup's file itself is in it.
     Every instance is OFF or FAILED, as its VM is not there; epochs have risen, so that no worker of the store that was
     backed up can commit; the store is yet to get an anchor.
 
@@ -184,8 +216,25 @@ def make_store(backup: OpenedBackup, open_rows: Callable[[Store], None] | None =
 
     Raises:
         StoreError: STORE_TOO_NEW, a newer vTPM has written it.
+        BackupError: BACKUP_SCHEMA_FOREIGN.
     """
-    url = f"sqlite:///{backup.store}"
+    made = backup.store.with_name(_MADE)
+    url = f"sqlite:///{made}"
+    with errors(url):
+        with foreign.reading(backup.store) as source:
+            _copy_into(source, made, str(backup.store))
+        _open_rows(url, open_rows)
+        with contextlib.closing(sqlite3.connect(made, isolation_level=None)) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            for statement in (*_LEAN, *_REBORN):
+                connection.execute(statement)
+            connection.execute("COMMIT")
+            connection.execute("PRAGMA journal_mode=DELETE")
+    return made
+
+
+def _open_rows(url: str, open_rows: Callable[[Store], None] | None) -> None:
+    """Bring a store to the present schema and, with the key of its rows, to a later ownership of each instance."""
     store = Store.open(url)
     try:
         if open_rows is not None and not store.is_empty():
@@ -193,13 +242,25 @@ def make_store(backup: OpenedBackup, open_rows: Callable[[Store], None] | None =
             store.restores.leap()
     finally:
         store.close()
-    with errors(url), contextlib.closing(sqlite3.connect(backup.store, isolation_level=None)) as connection:
-        connection.execute("BEGIN IMMEDIATE")
-        for statement in (*_LEAN, *_REBORN):
-            connection.execute(statement)
-        connection.execute("COMMIT")
-        connection.execute("PRAGMA journal_mode=DELETE")
-    return backup.store
+
+
+def _copy_into(source: sqlite3.Connection, made: Path, subject: str) -> None:
+    revision = foreign.revision_of(source)
+    refuse_unknown(revision, subject)
+    try:
+        foreign.check(source, revision)
+        with contextlib.closing(sqlite3.connect(made, isolation_level=None)) as target:
+            with contextlib.closing(foreign.migrated(revision)) as fresh:
+                fresh.backup(target)
+            target.execute("BEGIN")
+            foreign.copy_rows(source, target)
+            if target.execute("PRAGMA foreign_key_check").fetchone() is not None:
+                raise damaged(subject, "its database does not fit together")
+            target.execute("COMMIT")
+    except foreign.ForeignObjectError as error:
+        raise _foreign(subject, error) from None
+    except sqlite3.IntegrityError:
+        raise damaged(subject, "its database does not fit together") from None
 
 
 def install(made: Path, place: Path) -> None:
@@ -209,14 +270,15 @@ def install(made: Path, place: Path) -> None:
         BackupError: RESTORE_TARGET_NOT_EMPTY or BACKUP_UNWRITABLE.
     """
     try:
-        fd = os.open(made, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        made.chmod(0o600)
-        os.link(made, place)
-        backup_file.sync_directory(place.parent)
+        with files.open_directory(made.parent) as source, files.open_directory(place.parent, trusted=True) as target:
+            fd = source.open(made.name)
+            try:
+                os.fchmod(fd, 0o600)
+                os.fsync(fd)
+                os.link(made.name, place.name, src_dir_fd=source.fd, dst_dir_fd=target.fd, follow_symlinks=False)
+            finally:
+                os.close(fd)
+            target.sync()
     except FileExistsError:
         raise not_empty(place) from None
     except OSError as error:

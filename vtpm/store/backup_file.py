@@ -21,6 +21,7 @@ from typing import Any, BinaryIO, Final
 
 import pyrage
 
+from vtpm import files
 from vtpm.errors import BackupError, ErrorKind, InvalidArgumentError
 
 FORMAT: Final = 1
@@ -196,25 +197,23 @@ def write(path: Path, manifest: Manifest, store: Path, keys: bytes | None, recip
         BackupError: BACKUP_EXISTS or BACKUP_UNWRITABLE.
     """
     text = manifest.dump()
-    temporary = path.with_name(f".{path.name}.new")
+
+    def fill(fd: int) -> None:
+        with files.open_directory(store.parent) as directory:
+            source = directory.open(store.name)
+        with open(fd, "wb", closefd=False) as out, open(source, "rb") as database:  # noqa: PTH123  # by descriptor
+            members: list[tuple[str, int, BinaryIO]] = [
+                (MANIFEST, len(text), io.BytesIO(text)),
+                (STORE, manifest.store.size, database),
+            ]
+            if keys is not None:
+                members.append((KEYS, len(keys), io.BytesIO(keys)))
+            pyrage.encrypt_io(_Archive(members), out, list(recipients))
+
     try:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            with open(fd, "wb") as out, store.open("rb") as database:  # noqa: PTH123  # by descriptor: made with its mode
-                members: list[tuple[str, int, BinaryIO]] = [
-                    (MANIFEST, len(text), io.BytesIO(text)),
-                    (STORE, manifest.store.size, database),
-                ]
-                if keys is not None:
-                    members.append((KEYS, len(keys), io.BytesIO(keys)))
-                pyrage.encrypt_io(_Archive(members), out, list(recipients))
-                out.flush()
-                os.fsync(fd)
-            # Unlike a rename a link does not replace what has come there meanwhile.
-            os.link(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        sync_directory(path.parent)
+        directory, name = files.parent_of(path)
+        with directory:
+            os.close(directory.put(name, fill, replaces=False))
     except FileExistsError:
         raise exists_already(path) from None
     except OSError as error:
@@ -229,15 +228,6 @@ def write(path: Path, manifest: Manifest, store: Path, keys: bytes | None, recip
 def exists_already(path: Path) -> BackupError:
     """Return the error of a backup that would replace a file."""
     return BackupError("BACKUP_EXISTS", "there is a file already", subject=str(path), remedy="give another name, or remove it")
-
-
-def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable."""
-    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------------
@@ -336,10 +326,11 @@ def read(path: Path, identities: Sequence[Any], store: BinaryIO) -> tuple[Manife
     subject = str(path)
     unpacker = _Unpacker(subject, store)
     with _opened(path) as file:
+        empty = not os.fstat(file.fileno()).st_size
         try:
             pyrage.decrypt_io(file, unpacker, list(identities))
         except pyrage.DecryptError as error:
-            raise _not_opened(error, path) from None
+            raise _not_opened(error, path, empty=empty) from None
         except OSError as error:
             if error.errno is not None:
                 raise BackupError(
@@ -352,7 +343,7 @@ def read(path: Path, identities: Sequence[Any], store: BinaryIO) -> tuple[Manife
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
     try:
-        file = path.open("rb")
+        file = open(files.open_file(path, follow=True), "rb")  # noqa: PTH123, SIM115  # by descriptor
     except OSError as error:
         raise BackupError(
             "BACKUP_UNREADABLE", f"the backup can't be read: {error.strerror}", subject=str(path), remedy="check its name"
@@ -361,7 +352,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         yield file
 
 
-def _not_opened(error: Exception, path: Path) -> BackupError:
+def _not_opened(error: Exception, path: Path, *, empty: bool) -> BackupError:
     subject = str(path)
     if "No matching keys" in str(error):
         return BackupError(
@@ -370,6 +361,6 @@ def _not_opened(error: Exception, path: Path) -> BackupError:
             subject=subject,
             remedy="give the identity of one of its recipients: --identity-file",
         )
-    if path.stat().st_size and "invalid" in str(error):
+    if not empty and "invalid" in str(error):
         return BackupError("BACKUP_FOREIGN", "this is no age file", subject=subject, remedy="give a file of vtpm backup create")
     return damaged(subject, "it is cut short, or was changed")

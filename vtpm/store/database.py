@@ -6,13 +6,17 @@ import contextlib
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.exc import DBAPIError
 
 from vtpm.errors import StoreError
+from vtpm.store import foreign
+
+if TYPE_CHECKING:
+    from alembic.config import Config
 
 SCHEMA_REVISION: Final = "0006"
 _MIGRATIONS: Final = Path(__file__).parent / "migrations"
@@ -87,6 +91,9 @@ def set_pragmas(connection: sqlite3.Connection) -> None:
         # What is deleted is overwritten: wrapped keys and sealed states do not linger in free pages.
         "secure_delete=ON",
         f"busy_timeout={_BUSY_TIMEOUT_MS}",
+        # Nothing that a file's schema brings may call what could do harm.
+        "trusted_schema=OFF",
+        "cell_size_check=ON",
     ):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
@@ -98,31 +105,69 @@ def _on_begin(connection: sa.Connection) -> None:
 
 
 def migrate(read: sa.Engine, write: sa.Engine, url: str) -> None:
-    """Bring the schema to this version's revision.
+    """Bring the schema to this version's revision, if what is there is of this service's making (vtpm.store.foreign).
 
     Raises:
-        StoreError: STORE_TOO_NEW, a newer vTPM has written it; or the database fails.
+        StoreError: STORE_TOO_NEW, a newer vTPM has written it; STORE_SCHEMA_FOREIGN; or the database fails.
     """
     with read.connect() as connection:
-        known = sa.inspect(connection).has_table("alembic_version")
-        present = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar() if known else None
-    if present == SCHEMA_REVISION:
-        return
-    # Alembic is needed now and then only, and takes its time to import.
-    from alembic import command
-    from alembic.config import Config
+        driver = driver_of(connection)
+        present = foreign.revision_of(driver)
+        if present == SCHEMA_REVISION:
+            foreign.refuse_foreign(driver, None, url)
+            return
+        empty = driver.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,)
+        if not empty:
+            refuse_unknown(present, url)
+            foreign.refuse_foreign(driver, present, url)
+    with write.begin() as connection:
+        upgrade(connection, SCHEMA_REVISION)
+
+
+def driver_of(connection: sa.Connection) -> sqlite3.Connection:
+    """Return the driver's own connection."""
+    driver = connection.connection.driver_connection
+    assert isinstance(driver, sqlite3.Connection)
+    return driver
+
+
+def refuse_unknown(revision: str | None, url: str) -> None:
+    """Refuse a schema that this version can't migrate.
+
+    Raises:
+        StoreError: STORE_TOO_NEW, or STORE_SCHEMA_FOREIGN without any revision.
+    """
     from alembic.script import ScriptDirectory
 
-    config = Config()
-    config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
-    revisions = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
-    if present is not None and present not in revisions:
+    if revision is None:
+        raise StoreError(
+            "STORE_SCHEMA_FOREIGN",
+            "the file holds something else than a store of this service",
+            subject=url,
+            remedy="name another file with store_url; nothing was changed",
+        )
+    if revision not in {script.revision for script in ScriptDirectory.from_config(_alembic()).walk_revisions()}:
         raise StoreError(
             "STORE_TOO_NEW",
-            f"the store has schema {present}, this version knows up to {SCHEMA_REVISION}",
+            f"the store has schema {revision}, this version knows up to {SCHEMA_REVISION}",
             subject=url,
             remedy="start the vTPM version that wrote it; nothing was changed",
         )
-    with write.begin() as connection:
-        config.attributes["connection"] = connection
-        command.upgrade(config, SCHEMA_REVISION)
+
+
+def upgrade(connection: sa.Connection, revision: str) -> None:
+    """Run the migrations up to `revision`."""
+    from alembic import command
+
+    config = _alembic()
+    config.attributes["connection"] = connection
+    command.upgrade(config, revision)
+
+
+def _alembic() -> Config:
+    # Alembic is needed now and then only, and takes its time to import.
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
+    return config

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 import struct
 from pathlib import Path
 from types import TracebackType
 from typing import Final
 
+from vtpm import peers
 from vtpm.errors import EngineError, UnavailableError
 from vtpm.tpm.ptm import MAX_STATE_SIZE, BlobType, ControlCommand, Result
 
@@ -41,17 +41,15 @@ class ControlClient:
 
     Raises:
         UnavailableError: CONTROL_SOCKET_UNREACHABLE, CONTROL_CONNECTION_LOST; by every method.
+        VtpmError: SERVER_NOT_TRUSTED; nothing was sent.
         EngineError: CONTROL_ANSWER_INVALID, or ControlCommandError; by every method.
     """
 
     def __init__(self, path: str | Path, *, timeout_s: float = _TIMEOUT_S) -> None:
         self._path = str(path)
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.settimeout(timeout_s)
         try:
-            self._socket.connect(self._path)
+            self._socket = peers.connect(path, timeout_s=timeout_s)
         except OSError as error:
-            self._socket.close()
             raise UnavailableError(
                 "CONTROL_SOCKET_UNREACHABLE",
                 f"nobody answers there: {error.strerror or error}",
