@@ -5,7 +5,7 @@ limits, closed descriptors, and death with the engine host. Invariant 4: nothing
 
 Code: libtpms calls back into Python, and cffi makes each callback a few instructions at run time, in a page that libffi maps
 writable and executable at once (a page for all, made when Libtpms is). It has to be there before the filter, as the filter
-lets nothing be mapped executable. From then on nobody writes to it any more, so `enter` takes the right to write away first:
+lets nothing be mapped executable. From then on nobody writes to it any more, so `Filter` takes the right to write away first:
 a worker has no memory that is writable and executable, and the filter (no PROT_EXEC in mmap and mprotect, no call that maps a
 file or shared memory) lets it have none.
 """
@@ -37,19 +37,24 @@ _PROT_READ: Final = 1
 _PROT_EXEC: Final = 4
 # Of what a program writes that a worker starts.
 _MAX_FILE_SIZE: Final = 16 << 20
+
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
 
 class Filter:
-    """A compiled system call filter: compiled once, in the engine host, installed by each worker."""
+    """A system call filter, and the code that it is put around: made once, in the engine host, installed by each worker."""
 
     def __init__(self, program: bytes) -> None:
         # struct sock_filter has eight bytes; struct sock_fprog is its count and a pointer (seccomp(2)).
         self._code = ctypes.create_string_buffer(program, len(program))
         self._program = _SockFprog(len(program) // 8, ctypes.addressof(self._code))
+        self._code_pages = _writable_code()
 
     def install(self) -> None:
-        """Put it in force for this process, for good."""
+        """Put it in force for this process, for good; no callback can be made or freed after this."""
+        for start, end in self._code_pages:
+            if _libc.mprotect(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _PROT_READ | _PROT_EXEC) != 0:
+                raise EngineError("SANDBOX_FAILED", f"mprotect failed: {os.strerror(ctypes.get_errno())}")
         _prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(self._program))
 
 
@@ -57,8 +62,19 @@ class _SockFprog(ctypes.Structure):
     _fields_ = (("len", ctypes.c_ushort), ("filter", ctypes.c_void_p))
 
 
+def _writable_code() -> list[tuple[int, int]]:
+    """Where this process has memory that is writable and executable."""
+    found = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        where, rights = line.split(maxsplit=2)[:2]
+        if "w" in rights and "x" in rights:
+            start, end = where.split("-")
+            found.append((int(start, 16), int(end, 16)))
+    return found
+
+
 def make_filter() -> Filter:
-    """Compile the system call filter (vtpm.engine.syscalls).
+    """Compile the system call filter (vtpm.engine.syscalls), once Libtpms is made.
 
     Raises:
         EngineError: libseccomp refuses a rule.
@@ -176,15 +192,4 @@ def enter(rules: Filter, *, memory_limit: int) -> None:
     drop_capabilities()
     resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    protect_code()
     rules.install()
-
-
-def protect_code() -> None:
-    """Take the right to write away from all memory that is executable; no callback can be made or freed after this."""
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        where, rights = line.split(maxsplit=2)[:2]
-        if "w" in rights and "x" in rights:
-            start, end = (int(number, 16) for number in where.split("-"))
-            if _libc.mprotect(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _PROT_READ | _PROT_EXEC) != 0:
-                raise EngineError("SANDBOX_FAILED", f"mprotect failed: {os.strerror(ctypes.get_errno())}")
