@@ -24,7 +24,6 @@ import contextlib
 import errno
 import os
 import re
-import secrets
 import stat
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -123,7 +122,7 @@ class Directory:
         old = self.status(name)
         if old is not None and not stat.S_ISREG(old.st_mode):
             raise OSError(errno.EINVAL if replaces else errno.EEXIST, f"{_NO_FILE}, and is left as it is", self.path(name))
-        new = temporary or f".{name[:200]}.{secrets.token_hex(8)}"
+        new = temporary or f".{name[:200]}.{os.urandom(8).hex()}"
         if temporary:
             self.unlink(new)
         fd = self.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode)
