@@ -116,3 +116,5 @@ async def _upkeep(desk: CertificateDesk) -> None:
             log.debug("certificates.forgotten", count=forgotten)
         except VtpmError as error:
             log.warning("certificates.upkeep_failed", reason=error.reason)
+        except Exception as error:  # noqa: BLE001  # the next time is another
+            log.error("certificates.upkeep_failed", reason="INTERNAL", error=type(error).__name__)

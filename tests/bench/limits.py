@@ -7,16 +7,22 @@ import os
 import statistics
 import subprocess
 import sys
+import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 
 from tests.bench.flood import COMMANDS, flood, flooding
 from tests.bench.measure import Row, micros
+from tests.hostile.stage import HostileStage
 from tests.support import raw
 from tests.support.daemon import DaemonProcess
+from vtpm.api.v1 import instance_pb2 as pb
+from vtpm.cli.client import Client
 from vtpm.engine.scheduling import take_short_turns
+from vtpm.errors import VtpmError
 
 _WRITERS = 64
 _WRITE_SECONDS = 2.0
@@ -27,6 +33,13 @@ _WRITES = 500
 _PAUSE_S = 0.0005
 _QUIET_ROUNDS = 5
 _START_S = 0.2
+# What a hostile worker does (tests.hostile.scripts).
+_HOSTILE_WORKERS = (
+    ("endless_commits", "good commits without a pause"),
+    ("endless_large_commits", "the same, each as large as it may be"),
+    ("commit_storm", "thousands of commits at once, ended and started anew"),
+    ("imported_flood", "2.2 MB that nobody asked for, ended and started anew"),
+)
 # How a VM can be hostile: what it asks without a pause, on how many connections. Half of what it may have: those of the round
 # before may not be gone yet.
 _HOSTILE = (("PCR_Read", 1), ("PCR_Read", 8), ("NV_Increment", 8), ("CreatePrimary", 8))
@@ -93,7 +106,61 @@ def hostile() -> list[Row]:
         base, value = _compared(quiet, "PCR_Read", _READS, lambda: _calculating(count))
         what = f"p99 of PCR_Read beside {count} processes that calculate and use no TPM (peer: without them)"
         rows.append(Row(what, micros(value), micros(base), f"{value / base:.2f}", "none", within=True))
-        return rows
+    return [*rows, *_beside_hostile_workers()]
+
+
+def _beside_hostile_workers() -> list[Row]:
+    """NV_Increment of quiet VMs beside workers that somebody has broken into, and that do their worst to the commit thread."""
+    with HostileStage() as stage:
+        quiet = [stage.daemon.running(f"quiet-{number}").tpm_socket for number in range(_QUIET)]
+        for each in quiet:
+            with raw.connect(each) as sock:
+                raw.succeed(sock, raw.nv_define(raw.COUNTER, counter=True))
+                raw.succeed(sock, raw.nv_increment())
+        return [_beside_worker(stage, quiet, script, what) for script, what in _HOSTILE_WORKERS]
+
+
+def _beside_worker(stage: HostileStage, quiet: Sequence[str], script: str, what: str) -> Row:
+    base, value = _compared(quiet, "NV_Increment", _WRITES, lambda: _broken_into(stage, script))
+    return Row(
+        f"p99 of NV_Increment beside a hostile worker: {what} (peer: without it)",
+        micros(value),
+        micros(base),
+        f"{value / base:.2f}",
+        "≤ 10 × without",
+        within=value <= 10 * base,
+    )
+
+
+@contextlib.contextmanager
+def _broken_into(stage: HostileStage, script: str) -> Iterator[None]:
+    """Have one instance's worker run a script, and start another as often as it is ended."""
+    name = f"hostile-{uuid.uuid4().hex[:8]}"
+    instance = stage.daemon.create(name).id
+    ended = threading.Event()
+
+    def again_and_again() -> None:
+        client = Client(f"unix:{stage.daemon.runtime_dir / 'operator.sock'}")
+        while not ended.is_set():
+            stage.turn(instance, script)
+            with contextlib.suppress(VtpmError):
+                client.call(client.instances.StartInstance, pb.StartInstanceRequest(instance=name, startup=pb.STARTUP_CLEAR))
+            while not ended.is_set():
+                found = client.call(client.instances.GetInstance, pb.GetInstanceRequest(instance=name))
+                if found.state != pb.ON:
+                    break
+                ended.wait(_START_S)
+            client.call(client.instances.StopInstance, pb.StopInstanceRequest(instance=name))
+        client.close()
+
+    operator = threading.Thread(target=again_and_again)
+    operator.start()
+    try:
+        time.sleep(_START_S)
+        yield
+    finally:
+        ended.set()
+        operator.join()
 
 
 @contextlib.contextmanager

@@ -164,7 +164,7 @@ def test_a_daemon_that_does_not_read_holds_up_no_instance(engine_host: tuple[Dae
         sock.send(pb.HostRequest(id=number + 2, hello=pb.Hello()).SerializeToString())
     # Something comes for what is parked, and the engine host sees it all the same.
     kept[0].send(b"wake")
-    found = []
+    found: list[pb.Wake] = []
     while not found:
         reply = pb.HostReply.FromString(sock.recv(1 << 18))
         found = [reply.wake] if reply.HasField("wake") else []

@@ -136,7 +136,7 @@ def test_a_drain_does_not_wait_for_mute_workers(stage: HostileStage) -> None:
     for number in range(3):
         stage.daemon.running(f"honest-{number}")
     hosts = stage.daemon.client.host
-    awake = {}
+    awake: set[str] = set()
     for progress in hosts.DrainHost(pb.DrainHostRequest()):
         awake = {failure.instance for failure in progress.failures}
     assert awake == {f"mute-{number}" for number in range(9)}

@@ -32,7 +32,7 @@ def filled(kind: type[Message], rng: random.Random, depth: int = 3) -> Message:
 
 def fill(message: Message, rng: random.Random, depth: int = 3) -> None:
     """Give a message some more fields."""
-    fields = list(message.DESCRIPTOR.fields)
+    fields: list[Any] = list(message.DESCRIPTOR.fields)
     for field in rng.sample(fields, rng.randint(0, min(len(fields), 4))):
         if field.is_repeated:
             many = getattr(message, field.name)

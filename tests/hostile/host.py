@@ -71,6 +71,6 @@ class HostileNursery(children.Nursery):
 
 
 if __name__ == "__main__":
-    children.Worker = HostileWorker  # type: ignore[misc]  # what the nursery makes of a fork
-    host.Nursery = HostileNursery  # type: ignore[misc]  # and what forks
+    children.Worker = HostileWorker  # type: ignore[attr-defined]  # what the nursery makes of a fork
+    host.Nursery = HostileNursery  # type: ignore[attr-defined]  # and what forks
     sys.exit(host.main(sys.argv[1:]))

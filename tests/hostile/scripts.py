@@ -276,18 +276,28 @@ def commit_storm(lines: Lines, seed: int) -> None:
     lines.send(lines.commits, [frame(lines.commit(first + number, 200).SerializeToString()) for number in range(4000)])
 
 
-def steady_commits(lines: Lines, seed: int) -> None:
-    """One good commit after the other, as large as they may be; there is nothing wrong with them."""
-    rng = random.Random(seed)
+def _good_commits(lines: Lines, size: int, seconds: float) -> None:
+    """One good commit after the other; there is nothing wrong with them, but that what they keep is no state."""
     lines.load()
-    end = time.monotonic() + 2
+    end = time.monotonic() + seconds
     version = lines.durable.version
-    size = rng.choice((100, 10_000, validate.MAX_STATE_SIZE))
     while time.monotonic() < end:
         version += 1
         lines.send(lines.commits, [frame(lines.commit(version, size).SerializeToString())])
         if not lines.commits.recv(4096):
             return
+
+
+def steady_commits(lines: Lines, seed: int) -> None:
+    _good_commits(lines, random.Random(seed).choice((100, 10_000, validate.MAX_STATE_SIZE)), 2)
+
+
+def endless_commits(lines: Lines, seed: int) -> None:
+    _good_commits(lines, 6000, 3600)
+
+
+def endless_large_commits(lines: Lines, seed: int) -> None:
+    _good_commits(lines, validate.MAX_STATE_SIZE, 3600)
 
 
 def unread_answers(lines: Lines, seed: int) -> None:
@@ -331,7 +341,18 @@ def hang_up(lines: Lines, seed: int) -> None:
 
 
 # Those that live until somebody ends them.
-SLOW = frozenset(("mute", "mute_from_the_start", "hang_up", "endless_frame", "short_histogram", "any_answers"))
+SLOW = frozenset(
+    (
+        "endless_commits",
+        "endless_large_commits",
+        "mute",
+        "mute_from_the_start",
+        "hang_up",
+        "endless_frame",
+        "short_histogram",
+        "any_answers",
+    )
+)
 
 SCRIPTS: dict[str, Callable[[Lines, int], None]] = {
     script.__name__: script
@@ -356,6 +377,8 @@ SCRIPTS: dict[str, Callable[[Lines, int], None]] = {
         touched_flood,
         commit_storm,
         steady_commits,
+        endless_commits,
+        endless_large_commits,
         unread_answers,
         endless_frame,
         mute,

@@ -53,6 +53,8 @@ _lines: Final = SourceLog(log)
 # A worker that says that it has stopped ends at once.
 _END_TIMEOUT_S: Final = 2.0
 _MAKERS: Final = 2
+_CONNECTS: Final = 5
+_CONNECT_PAUSE_S: Final = 0.05
 _RESET: Final = "reset the instance together with its VM: vtpm instance reset {}"
 
 
@@ -187,10 +189,19 @@ class Workers:
     async def live_host(self) -> HostLink:
         """Return the line to the engine host, which is started if there is none."""
         async with self._connecting:
-            if self._host is None:
-                await self._connect()
-            assert self._host is not None
-            return self._host
+            for attempt in range(_CONNECTS):
+                try:
+                    if self._host is None:
+                        await self._connect()
+                except EngineError as error:
+                    # One that is just ending may still be there to connect to.
+                    if error.reason != "ENGINE_HOST_LOST" or attempt == _CONNECTS - 1:
+                        raise
+                    await asyncio.sleep(_CONNECT_PAUSE_S)
+                # It may have ended as soon as it had answered.
+                if self._host is not None:
+                    return self._host
+        raise EngineError("ENGINE_HOST_LOST", "engine hosts end as soon as they begin", remedy="see engine-host.log")
 
     def on_lost(self) -> None:
         """See HostEvents."""

@@ -129,13 +129,16 @@ class Freshness:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._soon.wait(), self._interval_s)
             self._soon.clear()
-            if self._doubt is not None:
-                async with self._turn:
-                    await self._open(anchoring)
-            else:
-                # Already in the log; it is tried again.
-                with contextlib.suppress(VtpmError):
-                    await self.update()
+            try:
+                if self._doubt is not None:
+                    async with self._turn:
+                        await self._open(anchoring)
+                else:
+                    # Already in the log; it is tried again.
+                    with contextlib.suppress(VtpmError):
+                        await self.update()
+            except Exception as error:  # noqa: BLE001  # without this loop nothing is anchored any more
+                log.error("anchor.update_failed", reason="INTERNAL", error=type(error).__name__)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._closing.wait(), min(anchoring.anchor.spacing_s, self._interval_s))
 

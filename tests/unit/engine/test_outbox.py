@@ -28,7 +28,7 @@ def pair() -> Iterator[Pair]:
 
 def filled(outbox: Outbox) -> list[bytes]:
     """Send until something waits; return what was sent."""
-    sent = []
+    sent: list[bytes] = []
     while not outbox.waiting:
         sent.append(b"%d" % len(sent))
         outbox.send(sent[-1])
@@ -48,7 +48,7 @@ def test_what_has_no_room_waits_in_its_order(pair: Pair) -> None:
     for number in range(100):
         sent.append(b"later %d" % number)
         outbox.send(sent[-1])
-    received = []
+    received: list[bytes] = []
     while len(received) < len(sent):
         received.append(daemon.recv(100))
         outbox.flush()

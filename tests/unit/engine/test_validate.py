@@ -129,7 +129,7 @@ def test_what_the_engine_host_says_is_bounded_or_a_violation(seed: int) -> None:
     ],
 )
 def test_each_bound_of_a_commit_is_kept(fields: dict[str, Any], code: str) -> None:
-    good = {"epoch": 1, "version": 5, "sealed": b"sealed"}
+    good: dict[str, Any] = {"epoch": 1, "version": 5, "sealed": b"sealed"}
     assert validate.commit(pb.Commit(**good).SerializeToString(), 1).version == 5
     assert refused(validate.commit, pb.Commit(**{**good, **fields}).SerializeToString(), 1) == code
 
@@ -152,7 +152,7 @@ def a_row(**changes: Any) -> pb.OrdinalCount:
 
 
 SHA256 = 0x000B
-A_KEY = {"role": "EK", "algorithm": "ECC_P256", "handle": 0x81010001, "tpmt_public": b"public"}
+A_KEY: dict[str, Any] = {"role": "EK", "algorithm": "ECC_P256", "handle": 0x81010001, "tpmt_public": b"public"}
 
 
 @pytest.mark.parametrize(

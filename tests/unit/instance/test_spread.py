@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 
 import pytest
 
 from vtpm.instance.spread import spread
 
 
-async def results(work: object, items: range, *, at_once: int, slow_s: float = 60) -> list[int]:
-    return [found async for found in spread(items, work, at_once=at_once, slow_s=slow_s)]  # type: ignore[arg-type]
+async def results(work: Callable[[int], Awaitable[int]], items: range, *, at_once: int, slow_s: float = 60) -> list[int]:
+    return [found async for found in spread(items, work, at_once=at_once, slow_s=slow_s)]
 
 
 def test_each_is_done_once_and_no_more_at_once_than_may_be() -> None:

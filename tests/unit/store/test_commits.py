@@ -181,14 +181,14 @@ def test_of_any_attempts_only_the_next_version_of_the_owner_is_kept(
 @pytest.mark.parametrize("poison", ["version", "epoch", "blob", "instance"])
 def test_an_item_that_the_database_cannot_take_costs_itself_alone(store: Store, owned: InstanceRecord, poison: str) -> None:
     other = created_on(store, "web-2")
-    bad: dict[str, Any] = {
+    fields: dict[str, dict[str, Any]] = {
         "version": {"version": 1 << 63},
         "epoch": {"epoch": 1 << 64},
         # As a message of another shape would bring it.
         "blob": {"blob": object()},
         "instance": {"instance": "no id"},
-    }[poison]
-    poisoned = dataclasses.replace(a_commit(owned, 2), **bad)
+    }
+    poisoned = dataclasses.replace(a_commit(owned, 2), **fields[poison])
     assert store.commit([a_commit(other, 2), poisoned, a_commit(other, 3)]) == ["", "COMMIT_INVALID", ""]
     assert kept(store, other).version == 3
     # No transaction is left open, which would hold up everybody else.
