@@ -95,6 +95,18 @@ async def test_no_more_connections_than_the_bound(server: DistributionServer, mo
     assert CRL in await raw(server, b"GET /crl/aa.crl HTTP/1.1\r\n\r\n")
 
 
+async def test_one_address_can_not_take_all_connections(server: DistributionServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pki_http, "_MAX_CONNECTIONS_PER_PEER", 1)
+    _, silent = await asyncio.open_connection("127.0.0.1", server.port)
+    refused, another = await asyncio.open_connection("127.0.0.1", server.port)
+    assert await refused.read() == b""
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port, local_addr=("127.0.0.2", 0))
+    writer.write(b"GET /crl/aa.crl HTTP/1.1\r\n\r\n")
+    assert (await reader.read()).endswith(CRL)
+    for each in (writer, another, silent):
+        each.close()
+
+
 @pytest.mark.parametrize("address", ["", "8080", "host:", "host:http", "host:70000", "host:-1"])
 def test_addresses_that_are_none(address: str) -> None:
     with pytest.raises(ConfigError) as caught:
