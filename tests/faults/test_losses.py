@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tests.support import raw
 from tests.support.daemon import DaemonProcess, worker_pids
+from tests.support.rows import as_the_service
 from tests.support.waiting import eventually
 from vtpm.api.v1 import instance_pb2 as pb
 
@@ -83,7 +84,7 @@ def test_a_worker_of_an_older_epoch_is_stopped_by_the_next_daemon(own_daemon: Da
     daemon = own_daemon
     sock = raw.connect(daemon.running("web-1").tpm_socket)
     daemon.kill()
-    with sqlite3.connect(daemon.state_dir / "vtpm.db", timeout=10) as store:
+    with as_the_service(daemon.state_dir) as store:
         store.execute("UPDATE instances SET epoch = epoch + 1")
     daemon.start()
     assert raw.receive(sock) == b""
@@ -97,7 +98,7 @@ def test_a_host_that_was_restarted_leaves_its_instances_off(own_daemon: DaemonPr
     host = host_of(daemon)
     daemon.stop()
     os.kill(host, signal.SIGKILL)
-    with sqlite3.connect(daemon.state_dir / "vtpm.db", timeout=10) as store:
+    with as_the_service(daemon.state_dir) as store:
         store.execute("UPDATE instances SET boot_id = 'an earlier boot'")
     daemon.start()
     assert daemon.get("web-1").state == pb.OFF

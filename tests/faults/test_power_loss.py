@@ -17,6 +17,7 @@ import pytest
 from tests.support import raw
 from tests.support.daemon import DaemonProcess
 from tests.support.disk import Disk
+from tests.support.rows import as_the_service
 from vtpm.api.v1 import instance_pb2 as pb
 
 _CUTS = 40
@@ -63,7 +64,7 @@ def counter_in(root: Path) -> int:
     """What a daemon finds that starts on these files after a restart of the host."""
     daemon = DaemonProcess(root=root)
     try:
-        with sqlite3.connect(daemon.state_dir / "vtpm.db") as store:
+        with as_the_service(daemon.state_dir) as store:
             store.execute("UPDATE instances SET boot_id = 'the boot before'")
         daemon.start()
         assert daemon.get("web-1").state == pb.OFF, "the VM is gone too, and nothing that it relied on was lost"
