@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vtpm.engine.interface import Claim
-from vtpm.errors import NotFoundError
+from vtpm.errors import NotFoundError, SealedStateError
 from vtpm.store.model import InstanceState
 from vtpm.store.snapshots import SnapshotUse
 from vtpm.store.store import Store
@@ -40,7 +40,8 @@ class Claims:
         try:
             record = self._store.get(str(instance))
             found = self._store.snapshots.load(instance, epoch)
-        except NotFoundError:
+        except (NotFoundError, SealedStateError):
+            # Gone, or not as the service wrote it: this claim alone is not good.
             return False
         owned = record.state is InstanceState.ON and record.epoch == epoch and record.boot_id == self._boot_id
         return owned and found.snapshot.version == version and found.used_by in (b"", token)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import hmac
+import re
 import sqlite3
 import struct
 import threading
@@ -30,6 +31,7 @@ from vtpm.store.rows import dump_failure, now
 
 # How many rows behind the anchor are kept for people to read.
 _KEEP: Final = 1000
+_HEX_ID: Final = re.compile("[0-9a-f]{32}")
 _MAC_INPUT: Final = struct.Struct(">16sQB16s32s32s")
 # A snapshot counts twice: when it is taken, and when it is used up. So one that is put back as if it were not is older.
 _SNAPSHOTS: Final = """
@@ -99,8 +101,8 @@ class Snapshot:
         self._connection = connection
 
     def rows(self) -> set[StateRow]:
-        """Return every sealed state."""
-        return set(map(StateRow._make, self._connection.execute(_ROWS)))
+        """Return every sealed state. A row that is not even of its columns' types is none: its instance is missing."""
+        return {StateRow._make(row) for row in self._connection.execute(_ROWS) if _is_of_its_types(row)}
 
     def digest(self, row: StateRow) -> bytes:
         """Return the digest of a state."""
@@ -345,6 +347,11 @@ class FreshnessLog:
         columns = ", ".join(f"{name} = ?" for name in values)
         statement = f"UPDATE instances SET {columns} WHERE id = ? AND mac = ?"  # noqa: S608  # names of columns
         connection.execute(statement, (*values.values(), row["id"], row["mac"]))
+
+
+def _is_of_its_types(row: tuple[Any, ...]) -> bool:
+    instance, *numbers = row
+    return isinstance(instance, str) and bool(_HEX_ID.fullmatch(instance)) and all(type(number) is int for number in numbers)
 
 
 def digest_of(blob: bytes | None) -> bytes:

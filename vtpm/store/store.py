@@ -133,7 +133,7 @@ class Store:
     def is_empty(self) -> bool:
         """Whether nothing was ever sealed into this store and kept."""
         with self._reading() as connection:
-            keys = (sa.select(data_keys.c.instance).limit(1), sa.select(authority_keys.c.id).limit(1))
+            keys = (sa.select(sa.literal(1)).select_from(table).limit(1) for table in (data_keys, authority_keys))
             return all(connection.execute(query).first() is None for query in keys)
 
     def get(self, ref: str) -> InstanceRecord:
@@ -210,8 +210,13 @@ class Store:
         query = (
             sa.select(instances.c.state, sa.func.count()).where(instances.c.state.not_in(_HIDDEN)).group_by(instances.c.state)
         )
+        found: dict[InstanceState, int] = {}
         with self._reading() as connection:
-            return {InstanceState(state): count for state, count in connection.execute(query)}
+            for state, count in connection.execute(query):
+                # What is no state was not written by the service, and is shown as FAILED.
+                known = InstanceState(state) if state in list(InstanceState) else InstanceState.FAILED
+                found[known] = found.get(known, 0) + count
+        return found
 
     def find_request(self, request_id: str) -> tuple[uuid.UUID, bytes] | None:
         """Return (instance, fingerprint) of an earlier creation under `request_id`; kept for 24 hours.
@@ -474,7 +479,8 @@ class Store:
     def _finish_deletions(self) -> None:
         """Erase what is left of the data keys of deleted instances, then forget the instances."""
         with self._reading() as connection:
-            if connection.execute(sa.select(instances.c.id).where(instances.c.state == _DELETING).limit(1)).first() is None:
+            any_doomed = sa.select(sa.literal(1)).select_from(instances).where(instances.c.state == _DELETING).limit(1)
+            if connection.execute(any_doomed).first() is None:
                 return
         # The write-ahead log would keep the old page until it is overwritten.
         with database.errors(self._url), self._read_engine.connect() as connection:

@@ -236,6 +236,11 @@ def test_whatever_stands_in_a_row_others_are_listed(shared_store: Store, column:
             connection.execute(f"UPDATE instances SET {column} = ? WHERE id = ?", (junk, hurt.id.hex))
         except (sqlite3.IntegrityError, UnicodeEncodeError, OverflowError):
             return
+    shared_store.owned()
+    assert sum(shared_store.counts().values()) >= 2
+    assert shared_store.identities.overdue("AK", NOW, 10) == []
+    with shared_store.freshness.snapshot() as snapshot:
+        assert honest.id.hex in {row.instance for row in snapshot.rows()}
     shown = {record.id: record for record in shared_store.list(Filter(), 10_000, None)}
     assert shown[honest.id] == honest
     assert shown.get(hurt.id, honest) in (hurt, honest) or shown[hurt.id].failure is not None

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -155,3 +159,33 @@ def test_the_key_outlives_a_rotation(url: str, path: Path) -> None:
     again = opened(url, path)
     assert again.get("web-1").failure is None
     again.close()
+    assert provider(path).remembered() == keys.remembered()
+
+
+OPEN = """
+import sys
+from pathlib import Path
+from vtpm.seal.file_provider import FileKeyProvider
+from vtpm.store.row_key import open_row_key
+from vtpm.store.store import Store
+store = Store.open(sys.argv[1])
+open_row_key(store, FileKeyProvider(state_dir=Path(sys.argv[2]), options={}, create=False))
+"""
+
+
+@pytest.mark.usefixtures("filled")
+@pytest.mark.parametrize("point", ["rows.before_adopt", "rows.after_adopt", "keys.before_rename"])
+def test_a_crash_while_rows_get_their_macs_is_made_good(url: str, path: Path, point: str) -> None:
+    as_before_macs(path)
+    forget_mark(path)
+    environment = {**os.environ, "VTPM_TEST_BUILD": "1", "VTPM_CRASH_POINT": point}
+    crashed = subprocess.run([sys.executable, "-c", OPEN, url, str(path.parent)], env=environment, check=False)
+    assert crashed.returncode == -signal.SIGKILL
+    store = opened(url, path)
+    assert store.get("web-1").failure is None
+    store.close()
+    assert len(provider(path).remembered()) == 1
+    with database_file(path) as connection:
+        _no_key(connection)
+    with pytest.raises(KeyProviderError):
+        opened(url, path)
