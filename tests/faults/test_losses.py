@@ -8,7 +8,7 @@ import sqlite3
 from pathlib import Path
 
 from tests.support import raw
-from tests.support.daemon import DaemonProcess, worker_pids
+from tests.support.daemon import DaemonProcess, kill_all, spare_pids, worker_pids
 from tests.support.rows import as_the_service
 from tests.support.waiting import eventually
 from vtpm.api.v1 import instance_pb2 as pb
@@ -104,3 +104,10 @@ def test_a_host_that_was_restarted_leaves_its_instances_off(own_daemon: DaemonPr
     assert daemon.get("web-1").state == pb.OFF
     daemon._hosts.add(host_of(daemon))
     assert daemon.power_on("web-1").epoch > web.epoch
+
+
+def test_a_creation_whose_waiting_worker_is_killed_takes_another(own_daemon: DaemonProcess) -> None:
+    host_pid = own_daemon.client.host.GetHost(pb.GetHostRequest()).engine_host_pid
+    for number in range(10):
+        kill_all(spare_pids(host_pid))
+        assert own_daemon.create(f"vm-{number}").state == pb.OFF

@@ -52,7 +52,8 @@ _lines: Final = SourceLog(log)
 
 # A worker that says that it has stopped ends at once.
 _END_TIMEOUT_S: Final = 2.0
-_MAKERS: Final = 2
+# More than workers wait ahead, each of which may be dead.
+_MAKERS: Final = 4
 _CONNECTS: Final = 5
 _CONNECT_PAUSE_S: Final = 0.05
 _RESET: Final = "reset the instance together with its VM: vtpm instance reset {}"
