@@ -77,6 +77,9 @@ def canonical(value: Any) -> Any:
         return value.hex
     if isinstance(value, dt.datetime):
         return value.strftime(_TIME)
+    if isinstance(value, str):
+        # A member of an enumeration, too, is kept as its text.
+        return str.__str__(value)
     return int(value) if isinstance(value, bool) else value
 
 

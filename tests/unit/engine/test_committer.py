@@ -10,20 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.store.given import created_on
+from tests.unit.store.given import created_on, open_store
 from vtpm.engine.committer import Committer
 from vtpm.engine.framing import FrameReader, frame
 from vtpm.engine.v1 import link_pb2 as pb
 from vtpm.engine.validate import MAX_STATE_SIZE, ViolationError
 from vtpm.store.model import InstanceRecord
-from vtpm.store.store import Store
 
 
 class Desk:
     """A commit thread on a real store, and workers' ends of its sockets."""
 
     def __init__(self, path: Path) -> None:
-        self.store = Store.open(f"sqlite:///{path / 'vtpm.db'}")
+        self.store = open_store(f"sqlite:///{path / 'vtpm.db'}")
         self.broken: list[BaseException] = []
         self.committer = Committer(self.store.commit, on_broken=self.broken.append)
         self.violations: queue.Queue[tuple[uuid.UUID, str]] = queue.Queue()
