@@ -13,6 +13,7 @@ import pytest
 from tests.hostile.honest import Honest
 from tests.hostile.run import MORE_MEMORY, hostile
 from tests.hostile.stage import HostileStage
+from tests.support.certs import certificates
 from tests.support.waiting import eventually
 from vtpm.api.v1 import instance_pb2 as pb
 from vtpm.api.v1 import tpm_pb2
@@ -141,6 +142,23 @@ def test_a_drain_does_not_wait_for_mute_workers(stage: HostileStage) -> None:
         awake = {failure.instance for failure in progress.failures}
     assert awake == {f"mute-{number}" for number in range(9)}
     assert all(stage.daemon.get(f"honest-{number}").hibernated for number in range(3))
+
+
+def test_renewal_does_not_wait_for_mute_workers() -> None:
+    libraries = sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
+    if not libraries:
+        pytest.skip("libfaketime is not installed")
+    with HostileStage({"VTPM_CA_AK_LIFETIME_HOURS": "1"}) as stage:
+        daemon = stage.daemon
+        for number in range(6):
+            stage.turn(daemon.create(f"mute-{number}").id, "mute")
+            daemon.power_on(f"mute-{number}")
+        daemon.running("honest")
+        before = certificates(daemon, "honest")["AK", "ECC_P256"].serial
+        daemon.stop()
+        daemon.environment |= {"LD_PRELOAD": str(libraries[0]), "FAKETIME": "+45m", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+        daemon.start()
+        eventually(lambda: certificates(daemon, "honest")["AK", "ECC_P256"].serial != before, 60, told=daemon.log_text)
 
 
 def test_the_log_of_what_one_worker_does_again_and_again_is_bounded(stage: HostileStage) -> None:
