@@ -55,6 +55,11 @@ def printable(text: str) -> str:
     return " ".join(shown.split())
 
 
+def count_of(entries: int) -> str:
+    """Return how many entries a database has, in words."""
+    return "1 entry" if entries == 1 else f"{entries} entries"
+
+
 def plain_text(data: bytes) -> str | None:
     """Return the text that data are, ASCII or UTF-16, without ending zeros; none where they are no text."""
     body = data.rstrip(b"\0")
@@ -117,7 +122,7 @@ def describe_variable(variable: UnverifiedVariable) -> str:
     if name in {"PK", "KEK", "db", "dbx", "dbt", "dbr", "MokList", "MokListX"} and value:
         signatures, wrong = parse_signature_lists(value)
         if signatures and not wrong:
-            return f"{name}: {len(signatures)} entries"
+            return f"{name}: {count_of(len(signatures))}"
     if name == "BootOrder":
         return f"{name}: " + ", ".join(f"{int.from_bytes(value[at : at + 2], 'little'):04x}" for at in range(0, len(value), 2))
     if name.startswith("Boot") and len(name) == 8:

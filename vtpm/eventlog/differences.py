@@ -96,12 +96,16 @@ def _text_kind(event: UnverifiedEvent) -> Subject:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One difference: the event of the log, the event of what it is compared with, or both."""
+    """One difference: the event of the log, the event of what it is compared with, or both.
+
+    `place` is where the event stands in the log's register, or would stand if it is missing.
+    """
 
     change: Change
     register: int
     ours: UnverifiedEvent | None
     theirs: UnverifiedEvent | None
+    place: int
 
 
 def pairs(
@@ -114,7 +118,7 @@ def pairs(
     found: list[Pair] = []
     gap_ours, gap_theirs = 0, 0
     for at, to in [*matched, (len(ours), len(theirs))]:
-        found += _gap(register, ours[gap_ours:at], theirs[gap_theirs:to])
+        found += _gap(register, gap_ours, ours[gap_ours:at], theirs[gap_theirs:to])
         gap_ours, gap_theirs = at + 1, to + 1
     return list(_reordered(found, bank)), exact
 
@@ -156,28 +160,40 @@ def _common(mine: Sequence[bytes], other: Sequence[bytes]) -> Iterator[tuple[int
             to += 1
 
 
-def _gap(register: int, ours: Sequence[UnverifiedEvent], theirs: Sequence[UnverifiedEvent]) -> Iterator[Pair]:
+def undone(pair: Pair, ours: Sequence[UnverifiedEvent]) -> list[UnverifiedEvent]:
+    """Return the log's events of a register as they would be without this one difference."""
+    theirs = [pair.theirs] if pair.theirs is not None else []
+    if pair.change is Change.MISSING:
+        return [*ours[: pair.place], *theirs, *ours[pair.place :]]
+    before = [event for event in ours[: pair.place] if event is not pair.ours]
+    return [*before, *theirs, *(event for event in ours[pair.place :] if event is not pair.ours)]
+
+
+def _gap(register: int, start: int, ours: Sequence[UnverifiedEvent], theirs: Sequence[UnverifiedEvent]) -> Iterator[Pair]:
     """Pair what stands between two events that are the same: first by the very subject, then by the kind of it."""
     left: list[UnverifiedEvent | None] = list(theirs)
-    partner: dict[int, UnverifiedEvent] = {}
+    partner: dict[int, int] = {}
     for name in (subject_of, lambda event: (event.event_type, subject_kind(event))):
         waiting: dict[object, list[int]] = {}
         for index, event in reversed(list(enumerate(left))):
             if event is not None:
                 waiting.setdefault(name(event), []).append(index)
-        for event in ours:
-            if event.number not in partner and waiting.get(name(event)):
-                index = waiting[name(event)].pop()
-                partner[event.number] = theirs[index]
+        for at, event in enumerate(ours):
+            if at not in partner and waiting.get(name(event)):
+                index = partner[at] = waiting[name(event)].pop()
                 left[index] = None
-    for event in ours:
-        if event.number in partner:
-            yield Pair(Change.CHANGED, register, event, partner[event.number])
+    for at, event in enumerate(ours):
+        if at in partner:
+            yield Pair(Change.CHANGED, register, event, theirs[partner[at]], start + at)
         else:
-            yield Pair(Change.EXTRA, register, event, None)
-    for rest in left:
-        if rest is not None:
-            yield Pair(Change.MISSING, register, None, rest)
+            yield Pair(Change.EXTRA, register, event, None, start + at)
+    mine = {index: at for at, index in partner.items()}
+    place = start
+    for index, rest in enumerate(left):
+        if index in mine:
+            place = start + mine[index] + 1
+        elif rest is not None:
+            yield Pair(Change.MISSING, register, None, rest, place)
 
 
 def _reordered(found: Sequence[Pair], bank: int) -> Iterator[Pair]:
@@ -195,10 +211,11 @@ def _reordered(found: Sequence[Pair], bank: int) -> Iterator[Pair]:
     gone = set(moved.values())
     for index, pair in enumerate(found):
         if index in moved:
-            yield Pair(Change.ORDER, pair.register, pair.ours, found[moved[index]].theirs)
+            other = found[moved[index]]
+            yield Pair(Change.ORDER, pair.register, pair.ours, other.theirs, other.place)
             if pair.theirs is not None and index not in gone:
-                yield Pair(Change.MISSING, pair.register, None, pair.theirs)
+                yield Pair(Change.MISSING, pair.register, None, pair.theirs, pair.place)
         elif index not in gone:
             yield pair
         elif pair.ours is not None:
-            yield Pair(Change.EXTRA, pair.register, pair.ours, None)
+            yield Pair(Change.EXTRA, pair.register, pair.ours, None, pair.place)

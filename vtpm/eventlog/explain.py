@@ -6,18 +6,20 @@ difference that is the expected value, which proves that there is no other.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from vtpm.eventlog.describe import describe
-from vtpm.eventlog.differences import Change, Pair, Subject, pairs, subject_kind
+from vtpm.eventlog.differences import Change, Pair, Subject, pairs, subject_kind, undone
 from vtpm.eventlog.reference import Reference, registers_of
-from vtpm.eventlog.replay import replay, replay_events
-from vtpm.eventlog.types import type_name
+from vtpm.eventlog.replay import STARTUP_LOCALITY, replay, replay_events
+from vtpm.eventlog.types import EventType, type_name
 from vtpm.eventlog.values import UnverifiedEvent, UnverifiedLog, register_name
 
 MAX_DIFFERENCES: Final = 256
+_WORDY: Final = frozenset({Subject.COMMAND_LINE, Subject.GRUB_COMMAND})
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +54,9 @@ class RegisterDifference:
 
 def explain(log: UnverifiedLog, against: UnverifiedLog, bank: int) -> tuple[RegisterDifference, ...]:
     """Return in what `log` differs from `against` in `bank`, register by register; empty where both lead to the same values."""
-    expected = {register: (value,) for register, value in replay(against, bank).values.items()}
-    return _explain(log, bank, expected, registers_of(against.events, bank), only_named=False)
+    expected: dict[int, tuple[bytes, ...]] = {index: (value,) for index, value in replay(against, bank).values.items()}
+    starts = [event for event in against.events if is_start(event)]
+    return _explain(log, bank, expected, registers_of(against.events, bank), starts, only_named=False)
 
 
 def explain_reference(log: UnverifiedLog, reference: Reference, bank: int) -> tuple[RegisterDifference, ...]:
@@ -63,7 +66,7 @@ def explain_reference(log: UnverifiedLog, reference: Reference, bank: int) -> tu
     for register, items in events.items():
         values = replay_events(items, bank, td=log.td).values
         expected.setdefault(register, (values[register],) if register in values else ())
-    return _explain(log, bank, expected, events, only_named=True)
+    return _explain(log, bank, expected, events, None, only_named=True)
 
 
 def _explain(
@@ -71,6 +74,7 @@ def _explain(
     bank: int,
     expected: dict[int, tuple[bytes, ...]],
     theirs: dict[int, list[UnverifiedEvent]],
+    their_starts: list[UnverifiedEvent] | None,
     *,
     only_named: bool,
 ) -> tuple[RegisterDifference, ...]:
@@ -85,13 +89,29 @@ def _explain(
         exact = True
         if register in theirs or not only_named:
             differing, exact = pairs(register, ours.get(register, []), theirs.get(register, []), bank)
-        heads = [event for event in log.events if event.event_type == 3 and event.register == register]
-        explained = _value(heads, theirs.get(register, []), bank, register, td=log.td) in allowed
-        differences = tuple(_difference(log, pair, heads, ours.get(register, []), bank) for pair in differing[:MAX_DIFFERENCES])
+        mine = ours.get(register, [])
+        starts = [event for event in log.events if is_start(event)] if register == 0 else []
+        other_starts = starts if their_starts is None or register else their_starts
+        explained = _value(other_starts, theirs.get(register, []), bank, register, td=log.td) in allowed
+        differences = [_difference(log, pair, starts, mine, bank) for pair in differing[:MAX_DIFFERENCES]]
+        if [event.data for event in starts] != [event.data for event in other_starts]:
+            without = _value(other_starts, mine, bank, register, td=log.td)
+            differences.insert(0, _start_difference(starts, other_starts, without))
         name = register_name(register, td=log.td)
-        dropped = len(differing) - len(differences)
-        found.append(RegisterDifference(register, name, value, allowed, differences, explained, exact, dropped))
+        dropped = max(0, len(differing) - MAX_DIFFERENCES)
+        found.append(RegisterDifference(register, name, value, allowed, tuple(differences), explained, exact, dropped))
     return tuple(found)
+
+
+def is_start(event: UnverifiedEvent) -> bool:
+    """Return whether an event says from which locality the TPM was started, which is where PCR 0 begins."""
+    return event.event_type == EventType.EV_NO_ACTION and event.data.startswith(STARTUP_LOCALITY)
+
+
+def _start_difference(ours: Sequence[UnverifiedEvent], theirs: Sequence[UnverifiedEvent], without: bytes | None) -> Difference:
+    said = [", ".join(map(describe, events)) or "locality 0, without an event" for events in (ours, theirs)]
+    text = f"the {Subject.FIRMWARE} started the TPM otherwise: {said[0]} instead of {said[1]}"
+    return Difference(Change.CHANGED, Subject.FIRMWARE, 0, text, ours[0].number if ours else None, without)
 
 
 def _value(
@@ -105,13 +125,7 @@ def _difference(
 ) -> Difference:
     event = pair.ours or pair.theirs
     assert event is not None
-    without: bytes | None = None
-    if pair.change is Change.CHANGED and pair.theirs is not None:
-        undone = [pair.theirs if item is pair.ours else item for item in ours]
-        without = _value(heads, undone, bank, pair.register, td=log.td)
-    elif pair.change is Change.EXTRA:
-        undone = [item for item in ours if item is not pair.ours]
-        without = _value(heads, undone, bank, pair.register, td=log.td)
+    without = _value(heads, undone(pair, ours), bank, pair.register, td=log.td)
     return Difference(
         change=pair.change,
         subject=subject_kind(event),
@@ -120,6 +134,16 @@ def _difference(
         event=pair.ours.number if pair.ours is not None else None,
         without=without,
     )
+
+
+def _changed_words(before: str, after: str) -> str:
+    """Return which words of a text are new and which are gone; of texts with the same words, both texts."""
+    old, new = Counter(before.split()), Counter(after.split())
+    said = []
+    for verb, words in (("adds", new - old), ("lacks", old - new)):
+        if words:
+            said.append(f"{verb} {' '.join(words.elements())!r}")
+    return " and ".join(said) or f"{after!r} instead of {before!r}"
 
 
 def _words(pair: Pair) -> str:
@@ -131,6 +155,8 @@ def _words(pair: Pair) -> str:
             before, after = describe(pair.theirs), describe(pair.ours)
             if before == after:
                 return f"the {subject} differs: {after or type_name(event.event_type)}"
+            if subject in _WORDY:
+                return f"the {subject} differs: {_changed_words(before, after)}"
             return f"the {subject} differs: {after!r} instead of {before!r}"
         case Change.MISSING:
             return f"a {subject} is missing: {describe(event) or type_name(event.event_type)}"
