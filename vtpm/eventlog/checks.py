@@ -174,7 +174,17 @@ def check_log(log: UnverifiedLog) -> tuple[found.Finding, ...]:
         if not is_known(event.event_type):
             findings.add(found.EVENT_TYPE_UNKNOWN, type_name(event.event_type), event.number)
     _check_separators(log, findings)
+    _check_end(log, findings)
     return findings.all()
+
+
+def _check_end(log: UnverifiedLog, findings: Findings) -> None:
+    started = any(event.event_type == EventType.EV_EFI_BOOT_SERVICES_APPLICATION for event in log.events)
+    ended = any(
+        event.event_type == EventType.EV_EFI_ACTION and event.data.startswith(b"Exit Boot Services") for event in log.events
+    )
+    if started and not ended and log.format in {LogFormat.TCG, LogFormat.TCG_SHA1, LogFormat.CCEL}:
+        findings.add(found.EXIT_BOOT_SERVICES_MISSING, "no event of ExitBootServices")
 
 
 def _check_digests(event: UnverifiedEvent, findings: Findings) -> None:

@@ -153,6 +153,14 @@ SEPARATOR_LOOKALIKE: Final = _kind(
 )
 SEPARATOR_VALUE: Final = _kind("SEPARATOR_VALUE", Severity.PROBLEM, "A separator with a value that no specification has.")
 
+EXIT_BOOT_SERVICES_MISSING: Final = _kind(
+    "EXIT_BOOT_SERVICES_MISSING",
+    Severity.WARNING,
+    "The firmware started something and the log does not say that it handed over. If PCR 5 differs from a quote, the actions "
+    "of ExitBootServices were extended and not logged.",
+    "ebs_event_missing_eventlog",
+)
+
 # Digests
 DIGEST_NOT_OF_DATA: Final = _kind(
     "DIGEST_NOT_OF_DATA",
@@ -167,7 +175,9 @@ DIGESTS_DISAGREE: Final = _kind(
     "The data of the event is hashed into one bank and not into another: the banks were not measured from the same bytes.",
 )
 DIGEST_EMPTY: Final = _kind(
-    "DIGEST_EMPTY", Severity.WARNING, "An event that is extended has a digest of only zeros, which no hash gives.", "CCEL_data"
+    "DIGEST_EMPTY",
+    Severity.WARNING,
+    "An event that is extended has a digest of only zeros, which no hash gives.",
 )
 VARIABLE_VALUE_HASHED: Final = _kind(
     "VARIABLE_VALUE_HASHED",
@@ -179,7 +189,6 @@ AUTHORITY_VALUE_HASHED: Final = _kind(
     "AUTHORITY_VALUE_HASHED",
     Severity.INFO,
     "shim logs a whole variable for an authority and hashes its value alone; the name is not proven.",
-    "event-moklisttrusted.bin",
 )
 AUTHORITY_ONE_BYTE_MORE: Final = _kind(
     "AUTHORITY_ONE_BYTE_MORE",
@@ -197,7 +206,6 @@ TEXT_WITHOUT_NUL: Final = _kind(
     "TEXT_WITHOUT_NUL",
     Severity.INFO,
     "The digest is of the text without the zero that ends it in the log.",
-    "event-sd-boot-fedora37.bin",
 )
 TEXT_AFTER_PREFIX: Final = _kind(
     "TEXT_AFTER_PREFIX",
@@ -215,7 +223,6 @@ TAG_CONTENT_HASHED: Final = _kind(
     "TAG_CONTENT_HASHED",
     Severity.INFO,
     "The digest is of the tagged event's content without its tag.",
-    "CCEL_AAEL_alibabacloud",
 )
 SECTION_NAME_HASHED: Final = _kind(
     "SECTION_NAME_HASHED",
@@ -229,7 +236,7 @@ SECURE_BOOT_UNKNOWN: Final = _kind(
     "SECURE_BOOT_UNKNOWN",
     Severity.WARNING,
     "The log has no event that proves whether Secure Boot was on.",
-    "event-uefi-sha1-log.bin",
+    "CCEL_data",
 )
 VARIABLE_REPEATED: Final = _kind(
     "VARIABLE_REPEATED",
