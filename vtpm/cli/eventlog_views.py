@@ -290,14 +290,14 @@ def differences_text(found: Sequence[RegisterDifference]) -> Iterator[str]:
         yield "no difference"
     for item in found:
         yield f"{item.name} is {item.value.hex() if item.value else 'not extended'}"
-        for value in item.expected:
-            yield f"  expected {value.hex()}"
+        yield from (f"  expected {allowed.hex()}" for allowed in item.expected)
         for difference in item.differences:
             place = "" if difference.event is None else f" (event {difference.event})"
             yield f"  {difference.change}: {difference.text}{place}"
-            if difference.without is not None:
-                sole = ", as expected: this is all that differs" if difference.without in item.expected else ""
-                yield f"    without it {item.name} would be {difference.without.hex()}{sole}"
+            as_expected = difference.without in item.expected or (difference.without is None and not item.expected)
+            sole = ", as expected: this is all that differs" if as_expected else ""
+            value = difference.without.hex() if difference.without else "not extended"
+            yield f"    without it {item.name} would be {value}{sole}"
         if item.dropped:
             yield f"  and {item.dropped} differences more"
         if not item.exact:

@@ -46,7 +46,7 @@ class Subject(enum.StrEnum):
     FILE = "file"
     GRUB_COMMAND = "GRUB command"
     UKI_SECTION = "UKI section"
-    FIRMWARE = "firmware"
+    FIRMWARE = "firmware measurement"
     OTHER = "event"
 
 

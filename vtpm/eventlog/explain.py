@@ -24,7 +24,7 @@ _WORDY: Final = frozenset({Subject.COMMAND_LINE, Subject.GRUB_COMMAND})
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One difference in words. `without` is what the register would have held without it; none where that is not known."""
+    """One difference in words. `without` is what the register would have held without it; none if nothing had been extended."""
 
     change: Change
     subject: Subject
@@ -92,7 +92,8 @@ def _explain(
         mine = ours.get(register, [])
         starts = [event for event in log.events if is_start(event)] if register == 0 else []
         other_starts = starts if their_starts is None or register else their_starts
-        explained = _value(other_starts, theirs.get(register, []), bank, register, td=log.td) in allowed
+        undone_value = _value(other_starts, theirs.get(register, []), bank, register, td=log.td)
+        explained = undone_value in allowed or (undone_value is None and not allowed)
         differences = [_difference(log, pair, starts, mine, bank) for pair in differing[:MAX_DIFFERENCES]]
         if [event.data for event in starts] != [event.data for event in other_starts]:
             without = _value(other_starts, mine, bank, register, td=log.td)
@@ -110,7 +111,7 @@ def is_start(event: UnverifiedEvent) -> bool:
 
 def _start_difference(ours: Sequence[UnverifiedEvent], theirs: Sequence[UnverifiedEvent], without: bytes | None) -> Difference:
     said = [", ".join(map(describe, events)) or "locality 0, without an event" for events in (ours, theirs)]
-    text = f"the {Subject.FIRMWARE} started the TPM otherwise: {said[0]} instead of {said[1]}"
+    text = f"the firmware started the TPM otherwise: {said[0]} instead of {said[1]}"
     return Difference(Change.CHANGED, Subject.FIRMWARE, 0, text, ours[0].number if ours else None, without)
 
 
@@ -150,6 +151,7 @@ def _words(pair: Pair) -> str:
     event = pair.ours or pair.theirs
     assert event is not None
     subject = subject_kind(event)
+    one = f"{'an' if subject[0] in 'aei' else 'a'} {subject}"
     match pair.change:
         case Change.CHANGED if pair.theirs is not None and pair.ours is not None:
             before, after = describe(pair.theirs), describe(pair.ours)
@@ -159,8 +161,8 @@ def _words(pair: Pair) -> str:
                 return f"the {subject} differs: {_changed_words(before, after)}"
             return f"the {subject} differs: {after!r} instead of {before!r}"
         case Change.MISSING:
-            return f"a {subject} is missing: {describe(event) or type_name(event.event_type)}"
+            return f"{one} is missing: {describe(event) or type_name(event.event_type)}"
         case Change.EXTRA:
-            return f"a {subject} was not expected: {describe(event) or type_name(event.event_type)}"
+            return f"{one} was not expected: {describe(event) or type_name(event.event_type)}"
         case _:
-            return f"a {subject} comes in another order: {describe(event) or type_name(event.event_type)}"
+            return f"{one} comes in another order: {describe(event) or type_name(event.event_type)}"

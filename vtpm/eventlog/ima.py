@@ -236,7 +236,7 @@ def _lines(data: bytes) -> Iterator[bytes]:
 def _ascii_fields(template: str, text: bytes) -> bytes | None:
     """Return the template data that an ascii entry's fields stand for; none where they don't fit the template."""
     names = template_fields(template)
-    if len(names) < 2 or names[1] not in {"n-ng", "n"}:
+    if not text or len(names) < 2 or names[1] not in {"n-ng", "n"}:
         return None
     file_digest, _, rest = text.partition(b" ")
     parts = rest.rsplit(b" ", len(names) - 2) if len(names) > 2 else [rest]
