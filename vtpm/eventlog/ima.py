@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -90,13 +90,28 @@ class UnverifiedImaEntry:
         return prefix.decode("ascii", "replace"), value
 
 
+class ImaEntries:
+    """The entries of a list, read from its bytes each time that they are gone through: a list of any length needs no memory."""
+
+    __slots__ = ("_count", "_data", "_read")
+
+    def __init__(self, data: bytes, read: Callable[[bytes, Findings], Iterator[UnverifiedImaEntry]], count: int) -> None:
+        self._data, self._read, self._count = data, read, count
+
+    def __iter__(self) -> Iterator[UnverifiedImaEntry]:
+        return self._read(self._data, Findings())
+
+    def __len__(self) -> int:
+        return self._count
+
+
 @dataclass(frozen=True, slots=True)
 class UnverifiedImaLog:
     """What could be read of a measurement list; `hash_alg` is the TPM_ALG_ID of the template hashes."""
 
     format: LogFormat
     hash_alg: int
-    entries: tuple[UnverifiedImaEntry, ...]
+    entries: ImaEntries
     findings: tuple[Finding, ...]
 
 
@@ -127,12 +142,16 @@ _NAME: Final = re.compile(rb"[a-z][a-z0-9|-]*")
 def read_ima_binary(data: bytes, hash_alg: int = SHA1) -> UnverifiedImaLog:
     """Read a binary list as far as its bytes make sense; what is wrong is a finding."""
     findings = Findings()
-    entries = tuple(iterate_binary(data, hash_alg, findings))
-    return UnverifiedImaLog(LogFormat.IMA, hash_alg, entries, findings.all())
+
+    def iterate(raw: bytes, found_now: Findings) -> Iterator[UnverifiedImaEntry]:
+        return iterate_binary(raw, hash_alg, found_now)
+
+    count = sum(1 for _ in iterate(data, findings))
+    return UnverifiedImaLog(LogFormat.IMA, hash_alg, ImaEntries(data, iterate, count), findings.all())
 
 
 def iterate_binary(data: bytes, hash_alg: int, findings: Findings) -> Iterator[UnverifiedImaEntry]:
-    """Yield the entries of a binary list one by one, so that a list of any length needs no memory of its own."""
+    """Yield the entries of a binary list one by one."""
     end, offset, number = min(len(data), MAX_LOG_SIZE), 0, 0
     if len(data) > MAX_LOG_SIZE:
         findings.add(found.LOG_TOO_LARGE, f"{len(data)} bytes; the first {MAX_LOG_SIZE} are read")
@@ -188,13 +207,24 @@ def is_ima_ascii(data: bytes) -> bool:
 def read_ima_ascii(data: bytes) -> UnverifiedImaLog:
     """Read an ascii list as far as its lines make sense; what is wrong is a finding."""
     findings = Findings()
+    first: UnverifiedImaEntry | None = None
+    count = 0
+    for entry in iterate_ascii(data, findings):
+        count += 1
+        if first is None or first.is_violation:
+            first = entry
+    hash_alg = _hash_of(first) if first is not None else SHA1
+    return UnverifiedImaLog(LogFormat.IMA_ASCII, hash_alg, ImaEntries(data, iterate_ascii, count), findings.all())
+
+
+def iterate_ascii(data: bytes, findings: Findings) -> Iterator[UnverifiedImaEntry]:
+    """Yield the entries of an ascii list one by one; a line that is no entry is left out."""
     if len(data) > MAX_LOG_SIZE:
         findings.add(found.LOG_TOO_LARGE, f"{len(data)} bytes; the first {MAX_LOG_SIZE} are read")
-    entries: list[UnverifiedImaEntry] = []
     for number, line in enumerate(_lines(data[:MAX_LOG_SIZE])):
         if number >= MAX_ENTRIES:
             findings.add(found.TOO_MANY_EVENTS, f"more than {MAX_ENTRIES} lines")
-            break
+            return
         match = _LINE.fullmatch(line) if len(line) <= MAX_FIELD_SIZE else None
         if match is None:
             findings.add(found.RECORD_INVALID, f"line {number + 1} is no entry", number)
@@ -208,19 +238,15 @@ def read_ima_ascii(data: bytes) -> UnverifiedImaLog:
         if fields is None:
             findings.add(found.RECORD_INVALID, f"the fields of line {number + 1} are not those of {template}", number)
             continue
-        entries.append(UnverifiedImaEntry(int(match[1]), template_hash, template, fields))
-    return UnverifiedImaLog(LogFormat.IMA_ASCII, _hash_of(entries), tuple(entries), findings.all())
+        yield UnverifiedImaEntry(int(match[1]), template_hash, template, fields)
 
 
-def _hash_of(entries: list[UnverifiedImaEntry]) -> int:
-    """Return the hash that the first entry with one was made with: the size alone does not tell SHA-256 from SM3."""
-    first = next((entry for entry in entries if not entry.is_violation), None)
-    if first is None:
-        return _HASH_BY_SIZE[len(entries[0].template_hash)] if entries else SHA1
+def _hash_of(entry: UnverifiedImaEntry) -> int:
+    """Return the hash that an entry was made with: the size alone does not tell SHA-256 from SM3."""
     for alg_id, size in SIZES.items():
-        if size == len(first.template_hash) and digest(alg_id, first.data) == first.template_hash:
+        if size == len(entry.template_hash) and digest(alg_id, entry.data) == entry.template_hash:
             return alg_id
-    return _HASH_BY_SIZE[len(first.template_hash)]
+    return _HASH_BY_SIZE[len(entry.template_hash)]
 
 
 def _lines(data: bytes) -> Iterator[bytes]:

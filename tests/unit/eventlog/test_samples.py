@@ -666,7 +666,7 @@ def test_an_ima_list_is_read_and_its_hashes_recompute(name: str, entries: int, h
     assert isinstance(log, UnverifiedImaLog)
     assert (log.format, len(log.entries), by_name(hash_name)) == (LogFormat.IMA_ASCII, entries, log.hash_alg)
     assert names([*log.findings, *check_ima(log)]) == findings
-    assert log.entries[0].path == "boot_aggregate"
+    assert next(iter(log.entries)).path == "boot_aggregate"
 
 
 def test_the_canonical_log_of_confidential_space_is_read() -> None:
