@@ -194,6 +194,10 @@ def _blob(data: bytes) -> str | None:
     return None
 
 
+def _version(data: bytes) -> str:
+    return f"firmware version {plain_text(data) or (data[:64].hex() if any(data) else 'not given')}"
+
+
 def _tagged(data: bytes) -> str | None:
     if is_sipa(data):
         return describe_sipa(data)
@@ -235,7 +239,7 @@ _WORDS: Final[dict[int, Callable[[bytes], str | None]]] = {
     EventType.EV_EFI_GPT_EVENT: _gpt,
     EventType.EV_EFI_PLATFORM_FIRMWARE_BLOB: _blob,
     EventType.EV_EFI_PLATFORM_FIRMWARE_BLOB2: _blob,
-    EventType.EV_S_CRTM_VERSION: lambda data: f"firmware version {plain_text(data) or data[:64].hex()}",
+    EventType.EV_S_CRTM_VERSION: _version,
     EventType.EV_EVENT_TAG: _tagged,
     EventType.EV_IPL: _ipl,
     SYSTEMD_CONTENT: _content,

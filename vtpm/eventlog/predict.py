@@ -6,6 +6,7 @@ what the firmware, its variables and its loaders measured stays. Without a base 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -24,6 +25,18 @@ from vtpm.eventlog.values import UnverifiedEvent, UnverifiedLog
 PCR_BOOT_LOADER: Final = 4
 PCR_KERNEL: Final = 9
 PCR_UKI: Final = 11
+# The first version of systemd-stub that measures a section; those that are not named are measured since 252. What a stub
+# carries for itself, such as .sbat, is in the image whether it is measured or not.
+_MEASURED_SINCE: Final = {
+    ".uname": 254,
+    ".sbat": 254,
+    ".ucode": 256,
+    ".profile": 257,
+    ".dtbauto": 257,
+    ".hwids": 257,
+    ".efifw": 258,
+}
+_STUB_VERSION: Final = re.compile(rb"systemd-stub (\d{3})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +137,7 @@ def predict_kernel(
 ) -> Prediction:
     """Return the registers of a boot of a bare kernel whose boot stub measures its initrd and command line.
 
-    Without a base PCR 4 is that of a firmware which starts the kernel first, as OVMF does with QEMU's -kernel.
+    Without a base PCR 4 is that of a firmware which starts the kernel from a boot option, and nothing before it.
 
     Raises:
         InvalidArgumentError: PE_INVALID, PREDICTION_BASE_UNFIT or PCR_BANK_UNKNOWN.
@@ -136,7 +149,7 @@ def predict_kernel(
         making.add(PCR_BOOT_LOADER, EventType.EV_EFI_ACTION, making.hash(action), action)
         making.add(PCR_BOOT_LOADER, EventType.EV_SEPARATOR, making.hash(bytes(4)), bytes(4))
         making.add(PCR_BOOT_LOADER, EventType.EV_EFI_BOOT_SERVICES_APPLICATION, image.authenticode(bank), b"")
-        making.assumptions.append("PCR 4 of a firmware that starts the kernel first and nothing before it")
+        making.assumptions.append("PCR 4 of a firmware that starts the kernel from a boot option and nothing before it")
         if command_line is not None:
             _add_tag(making, LINUX_LOAD_OPTIONS, b"LOADED_IMAGE::LoadOptions\0", _load_options(command_line))
         if initrd is not None:
@@ -153,7 +166,11 @@ def predict_kernel(
         options = _load_options(f"{command_line} initrd=initrd")
         making.assumptions.append("OVMF appends ` initrd=initrd` to the command line that QEMU gives it")
     _replay_base(making, base, replaced, initrd, options, skip_sections=False)
-    return making.done()
+    if not direct:
+        return making.done()
+    # QEMU writes addresses of the VM's memory into the header of a kernel that it is started with.
+    making.assumptions.append("QEMU changes the kernel that it gives to the firmware, so PCR 4 is left out")
+    return making.done({event.register for event in base.events} - {PCR_BOOT_LOADER})
 
 
 def _load_options(command_line: str) -> bytes:
@@ -165,10 +182,13 @@ def _add_tag(making: _Making, tag: int, text: bytes, measured: bytes) -> None:
 
 
 def _sections(making: _Making, image: PeImage) -> None:
+    version = _STUB_VERSION.search(image.section(".sdmagic") or b"")
+    if version is None:
+        making.assumptions.append("a systemd-stub of version 258 or newer, since the image does not name its stub's version")
     # systemd-stub measures each section's name with its zero, then its content (UAPI.5).
     for section in UKI_SECTIONS:
         content = image.section(section)
-        if content is not None:
+        if content is not None and (version is None or int(version[1]) >= _MEASURED_SINCE.get(section, 0)):
             label = section.encode("utf-16-le") + b"\0\0"
             making.add(PCR_UKI, EventType.EV_IPL, making.hash(section.encode() + b"\0"), label)
             making.add(PCR_UKI, EventType.EV_IPL, making.hash(content), label)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+import uuid
 from collections.abc import Sequence
 
 import pytest
@@ -27,6 +28,7 @@ from tests.support.eventlogs import (
     tagged,
 )
 from vtpm.errors import InvalidArgumentError
+from vtpm.eventlog.devicepath import QEMU_KERNEL_LOADER
 from vtpm.eventlog.hashes import SHA384
 from vtpm.eventlog.pe import parse_pe
 from vtpm.eventlog.predict import predict_kernel, predict_uki
@@ -152,6 +154,27 @@ def test_pcr_11_of_a_uki_is_the_chain_of_its_sections_names_and_contents() -> No
     assert made.values == {11: expected}
     assert [event.text for event in made.events] == [name for name, _ in parts for _ in range(2)]
     assert made.assumptions
+
+
+def test_a_section_counts_since_the_stub_that_measures_it() -> None:
+    def of(version: bytes) -> set[str]:
+        magic = b"#### LoaderInfo: systemd-stub " + version + b" ####\0"
+        return {event.text for event in predict_uki(pe_image({".sdmagic": magic, ".linux": b"k", ".sbat": b"s"}), BANK).events}
+
+    assert of(b"252.39-1~deb12u2") == {".linux"}
+    assert of(b"255") == of(b"unknown") == {".linux", ".sbat"}
+
+
+def test_the_kernel_that_qemu_was_given_changes_on_its_way() -> None:
+    loader = uuid.UUID(QEMU_KERNEL_LOADER).bytes_le
+    path = struct.pack("<BBH", 4, 3, 20) + loader + file_path("kernel")
+    base = read(
+        image(path, b"changed"), separator(4), tagged(9, LINUX_OPTIONS, b"L\0", b"old"), tagged(9, LINUX_INITRD, b"i\0", b"old")
+    )
+    made = predict_kernel(KERNEL, b"initrd", "quiet", BANK, base)
+    line = "quiet initrd=initrd".encode("utf-16-le") + b"\0\0"
+    assert made.values == {9: chain([line, b"initrd"])}
+    assert any("QEMU" in assumption for assumption in made.assumptions)
 
 
 def uki_boot(uki: bytes, *, inner: bool) -> UnverifiedLog:
