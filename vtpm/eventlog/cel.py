@@ -20,6 +20,8 @@ from vtpm.eventlog.types import EventType
 from vtpm.eventlog.values import CEL_CONTENT, IMA_TEMPLATE, LogFormat, UnverifiedEvent, UnverifiedLog
 
 MAX_LOG_SIZE: Final = 64 << 20
+# An array is read as a whole, and takes some ten times its size in memory.
+MAX_ARRAY_SIZE: Final = 8 << 20
 MAX_RECORDS: Final = 65536
 MAX_DIGESTS: Final = 16
 _TLV: Final = struct.Struct(">BI")
@@ -170,6 +172,9 @@ def read_cel_json(data: bytes) -> UnverifiedLog:
 
 
 def _json_records(data: bytes, findings: Findings) -> Iterator[Any]:
+    if data.lstrip()[:1] == b"[" and len(data) > MAX_ARRAY_SIZE:
+        findings.add(found.LOG_TOO_LARGE, f"an array of {len(data)} bytes; at most {MAX_ARRAY_SIZE} are read")
+        return
     if data.lstrip()[:1] == b"[":
         # One array is one JSON text, so the bound of a record can't be kept for it; the log's own bound is.
         try:

@@ -7,6 +7,7 @@ order after the specified one; a new habit is a new row.
 from __future__ import annotations
 
 import enum
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
@@ -210,8 +211,13 @@ def _check_digests(event: UnverifiedEvent, findings: Findings) -> None:
 
 def is_separator(event: UnverifiedEvent, bank: int) -> bool:
     """Return whether the event's digest in `bank` is a separator's; its type is not asked, since types are not measured."""
-    digest, make = event.digests.get(bank), hasher(bank)
-    return digest is not None and make is not None and any(make(value).digest() == digest for value in _SEPARATORS)
+    return event.digests.get(bank) in _separator_digests(bank)
+
+
+@functools.cache
+def _separator_digests(bank: int) -> frozenset[bytes]:
+    make = hasher(bank)
+    return frozenset(make(value).digest() for value in _SEPARATORS) if make else frozenset()
 
 
 _SEPARATORS: Final = {

@@ -26,6 +26,8 @@ from vtpm.eventlog.values import CEL_CONTENT, SYSTEMD_CONTENT, UnverifiedEvent
 from vtpm.eventlog.wbcl import describe_sipa, is_sipa
 
 MAX_WORDS: Final = 4096
+# Data in bytes that are looked at to find a text or a name in them.
+MAX_TEXT_DATA: Final = 1 << 16
 COMMAND_LINE_PREFIXES: Final = ("kernel_cmdline", "grub_kernel_cmdline", "module_cmdline")
 _PRINTABLE: Final = frozenset(string.printable) - frozenset("\x0b\x0c")
 # Tags of EV_EVENT_TAG (Linux: drivers/firmware/efi/libstub; systemd: TPM2_PCR_MEASUREMENTS; Confidential Containers: AAEL).
@@ -62,6 +64,8 @@ def count_of(entries: int) -> str:
 
 def plain_text(data: bytes) -> str | None:
     """Return the text that data are, ASCII or UTF-16, without ending zeros; none where they are no text."""
+    if len(data) > MAX_TEXT_DATA:
+        return None
     body = data.rstrip(b"\0")
     if body[-2:-1] == b"\0":
         # Some builds of GRUB log one byte behind the zero that ends the text (TEXT_ONE_BYTE_MORE).
@@ -155,7 +159,7 @@ def certificate_subject(der: bytes) -> str | None:
 
     The name is for reading only. It is looked for by its OID, so that certificates which strict parsers refuse are named too.
     """
-    oid = b"\x06\x03\x55\x04\x03"
+    oid, der = b"\x06\x03\x55\x04\x03", der[:MAX_TEXT_DATA]
     name, at = None, der.find(oid)
     while at >= 0 and at + 7 <= len(der):
         tag, size = der[at + 5], der[at + 6]

@@ -18,7 +18,8 @@ from vtpm.eventlog.replay import STARTUP_LOCALITY, replay, replay_events
 from vtpm.eventlog.types import EventType, type_name
 from vtpm.eventlog.values import UnverifiedEvent, UnverifiedLog, register_name
 
-MAX_DIFFERENCES: Final = 256
+# Of each one the register is replayed.
+MAX_DIFFERENCES: Final = 64
 _WORDY: Final = frozenset({Subject.COMMAND_LINE, Subject.GRUB_COMMAND})
 
 

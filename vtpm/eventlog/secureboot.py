@@ -28,6 +28,8 @@ from vtpm.eventlog.values import UnverifiedEvent, UnverifiedLog
 
 _MODES: Final = ("SecureBoot", "SetupMode", "AuditMode", "DeployedMode")
 DATABASES: Final[tuple[str, ...]] = ("PK", "KEK", "db", "dbx", "dbt", "dbr")
+# A firmware without the variable logs it empty. Any other value is none that the specification has.
+_VALUES: Final = {b"\1": True, b"\0": False, b"": False}
 _VENDORS: Final[dict[str, uuid.UUID]] = {
     **dict.fromkeys(("SecureBoot", "SetupMode", "AuditMode", "DeployedMode", "PK", "KEK"), EFI_GLOBAL_VARIABLE),
     **dict.fromkeys(("db", "dbx", "dbt", "dbr"), EFI_IMAGE_SECURITY_DATABASE),
@@ -101,10 +103,10 @@ def secure_boot(log: UnverifiedLog, bank: int) -> UnverifiedSecureBoot:
         values = {}
     for name in contradicted:
         values.pop(name, None)
-    if "SecureBoot" not in values:
+    modes = {name: _VALUES.get(values[name]) if name in values else None for name in _MODES}
+    if modes["SecureBoot"] is None:
         findings.add(found.SECURE_BOOT_UNKNOWN, "no SecureBoot variable before the separator is proven")
     databases = {name: _database(name, values[name], findings) for name in DATABASES if name in values}
-    modes = {name: values[name] == b"\1" if name in values else None for name in _MODES}
     return UnverifiedSecureBoot(
         enabled=modes["SecureBoot"],
         audit_mode=modes["AuditMode"],

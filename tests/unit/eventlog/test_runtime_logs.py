@@ -360,6 +360,10 @@ def test_of_systemds_log_that_is_cut_the_whole_records_are_read() -> None:
     assert (len(log.events), names(log.findings)) == (1, {"JSON_INVALID"})
 
 
+def test_an_array_larger_than_is_read_is_a_finding() -> None:
+    assert names(read_log(b"[" + b" " * (9 << 20) + b"]").findings) == {"LOG_TOO_LARGE"}
+
+
 def test_text_of_a_log_can_not_steer_a_terminal() -> None:
     log = read_log(systemd_record(11, "phase", "\x1b[2Jgone\r\n\x07"))
     assert isinstance(log, UnverifiedLog)

@@ -62,6 +62,9 @@ def test_the_modes_are_read_from_pcr_1_too() -> None:
         ([record(7, CONFIG, variable("SecureBoot", ON, OWNER)), separator(7)], "SECURE_BOOT_UNKNOWN"),
         # The separator's type was rewritten, which a replay does not notice; the variable behind it was extended by software.
         ([DISGUISED, driver_config("SecureBoot", ON), separator(7)], "VARIABLE_AFTER_SEPARATOR"),
+        # A value that no specification has.
+        ([driver_config("SecureBoot", b"\2"), separator(7)], "SECURE_BOOT_UNKNOWN"),
+        ([driver_config("SecureBoot", b"\1\0"), separator(7)], "SECURE_BOOT_UNKNOWN"),
         # Only the value was hashed: the name beside it can be any.
         ([record(7, CONFIG, variable("SecureBoot", ON), ON), separator(7)], "VARIABLE_UNPROVEN"),
     ],
