@@ -44,6 +44,10 @@ def test_the_tour(own_daemon: DaemonProcess, tmp_path: Path) -> None:
     replayed = next(line.split(":")[1].strip() for line in log.splitlines() if line.strip().startswith("16 :"))
     pcr = json.loads(daemon.vtpm("pcrs", "web-1", "--pcrs", "sha256:16", "-o", "json").stdout)
     assert replayed.removeprefix("0x") in json.dumps(pcr), "the event log replays to the PCR"
+    for place in ("web-1", str(tmp_path / "log.bin")):
+        shown_log = json.loads(daemon.vtpm("eventlog", "show", place, "--pcrs", "--pcr", "16", "-o", "json").stdout)
+        assert shown_log["registers"]["sha256"]["PCR 16"] == replayed.removeprefix("0x")
+    assert daemon.vtpm("eventlog", "explain", "web-1", "--against", str(tmp_path / "log.bin")).stdout == b"no difference\n"
 
 
 def test_everything_is_there_after_the_daemon_was_stopped_and_started(
