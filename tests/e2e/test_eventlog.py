@@ -14,14 +14,16 @@ from tests.support.vmassets import COMMAND_LINE, Assets
 from vtpm.eventlog.bootpath import boot_path
 from vtpm.eventlog.checks import check_log
 from vtpm.eventlog.differences import Change, Subject
-from vtpm.eventlog.explain import RegisterDifference, explain
+from vtpm.eventlog.explain import RegisterDifference, explain, explain_reference
 from vtpm.eventlog.findings import Severity
 from vtpm.eventlog.hashes import SHA256
 from vtpm.eventlog.predict import predict_kernel, predict_uki
+from vtpm.eventlog.reference import parse_reference
 from vtpm.eventlog.replay import replay
 from vtpm.eventlog.secureboot import secure_boot
 from vtpm.eventlog.tcg import read_tcg
 from vtpm.eventlog.values import UnverifiedLog
+from vtpm.tpm.pcr import PcrBank, extend
 
 OTHER_LINE = f"{COMMAND_LINE} init=/init"
 
@@ -41,12 +43,16 @@ class Boots:
         self.assets, self._make_tpm, self.directory = assets, make_tpm, directory
         self._count = 0
 
-    def boot(self, *, initrd: Path | None = None, command_line: str = COMMAND_LINE, signed: bool = False) -> Booted:
+    def boot(
+        self, *, initrd: Path | None = None, command_line: str = COMMAND_LINE, signed: bool = False, extended: int | None = None
+    ) -> Booted:
         self._count += 1
         assets = dataclasses.replace(self.assets, initrd=initrd or self.assets.initrd)
         directory = self.directory / str(self._count)
         with Vm(assets, self._make_tpm(), directory, secure_boot=signed, command_line=command_line) as vm:
             vm.boot()
+            if extended is not None:
+                vmguest.extend(vm, extended)
             return Booted(read_tcg(vmguest.event_log(vm)), vmguest.pcrs(vm))
 
 
@@ -134,6 +140,20 @@ def test_another_initrd_is_named_and_was_to_be_predicted(good: Booted, boots: Bo
     assert difference.without == good.pcrs[9]
     predicted = predict_kernel(boots.assets.kernel.read_bytes(), changed.read_bytes(), COMMAND_LINE, SHA256, good.log)
     assert predicted.values[9] == other.pcrs[9]
+
+
+def test_a_register_that_the_guest_extended_later_is_not_what_its_log_leads_to(boots: Boots) -> None:
+    booted = boots.boot(extended=9)
+    quoted = parse_reference({"pcrs": {"sha256": {index: booted.pcrs[index].hex() for index in vmguest.BOOT_PCRS}}})
+    (found,) = explain_reference(booted.log, quoted, SHA256)
+    assert (found.register, found.differences, found.explained) == (9, (), False)
+    assert extend(PcrBank.SHA256, found.value or b"", b"\x11" * 32) == booted.pcrs[9]
+
+
+def test_another_binary_is_named(good: Booted, signed: Booted) -> None:
+    found = only(explain(good.log, signed.log, SHA256), 4)
+    assert Subject.BINARY in {difference.subject for difference in found.differences}
+    assert any("BOOTX64.EFI" in difference.text for difference in found.differences)
 
 
 def test_secure_boot_that_is_off_is_named(good: Booted, signed: Booted) -> None:
