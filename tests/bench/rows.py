@@ -15,6 +15,7 @@ from tests.bench.blackout import blackout
 from tests.bench.boot import boot
 from tests.bench.certified import certified
 from tests.bench.dropin import dropin
+from tests.bench.eventlog import eventlog
 from tests.bench.guests import guests
 from tests.bench.hibernation import hibernation
 from tests.bench.limits import hostile, writes
@@ -168,4 +169,5 @@ ROWS = {
     "boot": boot,
     "hibernation": hibernation,
     "dropin": dropin,
+    "eventlog": eventlog,
 }

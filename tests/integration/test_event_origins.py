@@ -142,14 +142,14 @@ def test_the_cli_shows_whose_the_events_are(daemon: DaemonProcess, running: pb.I
     (tmp_path / "app.conf").write_text("x = 1\n")
     daemon.vtpm("measure", running.name, "8", str(tmp_path / "app.conf"))
     measure(guest, b"\x1b[2J hello")
-    table = daemon.vtpm("eventlog", running.name, "-o", "table").stdout.decode().splitlines()
+    table = daemon.vtpm("eventlog", "get", running.name, "-o", "table").stdout.decode().splitlines()
     assert [line.split()[:2] for line in table] == [["ORIGIN", "PCR"], ["operator", "8"], ["guest", "16"]]
     assert "\x1b" not in "".join(table)
-    shown = json.loads(daemon.vtpm("eventlog", running.name, "-o", "json").stdout)
+    shown = json.loads(daemon.vtpm("eventlog", "get", running.name, "-o", "json").stdout)
     assert [(event["origin"], event["pcr"]) for event in shown] == [("operator", 8), ("guest", 16)]
     assert shown[0]["digests"]["sha256"] == hashlib.sha256(b"x = 1\n").hexdigest()
     # What goes into a file or a pipe is the log itself, as before.
-    log = daemon.vtpm("eventlog", running.name).stdout
-    daemon.vtpm("eventlog", running.name, "--out", str(tmp_path / "log.bin"))
+    log = daemon.vtpm("eventlog", "get", running.name).stdout
+    daemon.vtpm("eventlog", "get", running.name, "--out", str(tmp_path / "log.bin"))
     assert (tmp_path / "log.bin").read_bytes() == log
     assert len(parse_event_log(log)) == 2

@@ -153,9 +153,9 @@ def test_an_event_log_and_quotes_are_there_after_it(
     daemon.vtpm("measure", running.name, "16", "README.md")
     before = daemon.vtpm("pcrs", running.name).stdout
     (tmp_path / "before.log").touch()
-    daemon.vtpm("eventlog", running.name, "--out", str(tmp_path / "before.log"))
+    daemon.vtpm("eventlog", "get", running.name, "--out", str(tmp_path / "before.log"))
     daemon.hibernate(running.name)
-    daemon.vtpm("eventlog", running.name, "--out", str(tmp_path / "after.log"))
+    daemon.vtpm("eventlog", "get", running.name, "--out", str(tmp_path / "after.log"))
     assert (tmp_path / "after.log").read_bytes() == (tmp_path / "before.log").read_bytes() != b""
     daemon.hibernate(running.name)
     assert daemon.vtpm("pcrs", running.name).stdout == before

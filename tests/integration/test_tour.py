@@ -39,11 +39,15 @@ def test_the_tour(own_daemon: DaemonProcess, tmp_path: Path) -> None:
 
     (tmp_path / "measured").write_bytes(b"boot loader")
     daemon.vtpm("measure", "web-1", "16", str(tmp_path / "measured"))
-    daemon.vtpm("eventlog", "web-1", "--out", str(tmp_path / "log.bin"))
+    daemon.vtpm("eventlog", "get", "web-1", "--out", str(tmp_path / "log.bin"))
     log = subprocess.run(["tpm2_eventlog", str(tmp_path / "log.bin")], check=True, capture_output=True).stdout.decode()
     replayed = next(line.split(":")[1].strip() for line in log.splitlines() if line.strip().startswith("16 :"))
     pcr = json.loads(daemon.vtpm("pcrs", "web-1", "--pcrs", "sha256:16", "-o", "json").stdout)
     assert replayed.removeprefix("0x") in json.dumps(pcr), "the event log replays to the PCR"
+    for place in ("web-1", str(tmp_path / "log.bin")):
+        shown_log = json.loads(daemon.vtpm("eventlog", "show", place, "--pcrs", "--pcr", "16", "-o", "json").stdout)
+        assert shown_log["registers"]["sha256"]["PCR 16"] == replayed.removeprefix("0x")
+    assert daemon.vtpm("eventlog", "explain", "web-1", "--against", str(tmp_path / "log.bin")).stdout == b"no difference\n"
 
 
 def test_everything_is_there_after_the_daemon_was_stopped_and_started(

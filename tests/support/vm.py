@@ -114,6 +114,7 @@ class Vm:
         secure_boot: bool = False,
         snapshots: bool = False,
         counted: bool = True,
+        command_line: str = COMMAND_LINE,
     ) -> None:
         self.assets = assets
         self.tpm = tpm
@@ -122,6 +123,7 @@ class Vm:
         self.secure_boot = secure_boot
         self.snapshots = snapshots
         self.counted = counted
+        self.command_line = command_line
         self.process: subprocess.Popen[bytes] | None = None
         self._open = contextlib.ExitStack()
         self._data = b""
@@ -311,7 +313,7 @@ class Vm:
             words += ["-global", "driver=cfi.pflash01,property=secure,value=on", "-global", "ICH9-LPC.disable_s3=1"]
             words += ["-drive", _option("if=none,id=esp,format=raw,read-only=on,file.driver=vvfat,file.dir=", self.assets.esp)]
             return [*words, "-device", "virtio-blk-pci,drive=esp,bootindex=0"]
-        return [*words, "-kernel", str(self.assets.kernel), "-initrd", str(self.assets.initrd), "-append", COMMAND_LINE]
+        return [*words, "-kernel", str(self.assets.kernel), "-initrd", str(self.assets.initrd), "-append", self.command_line]
 
     def _until_running(self) -> None:
         deadline = time.monotonic() + RUN_TIMEOUT_S

@@ -17,6 +17,7 @@ PERMISSION: Final = 7
 EXHAUSTED: Final = 8
 DATA_LOSS: Final = 9
 PARTIAL: Final = 10
+DIFFERENT: Final = 11
 INTERRUPTED: Final = 130
 
 BY_KIND: Final = {
@@ -46,5 +47,6 @@ MEANINGS: Final = (
     (EXHAUSTED, "a limit is reached"),
     (DATA_LOSS, "sealed state is damaged"),
     (PARTIAL, "some of several were done, others not"),
+    (DIFFERENT, "what was compared is not the same"),
     (INTERRUPTED, "interrupted"),
 )

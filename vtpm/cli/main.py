@@ -11,7 +11,7 @@ import typer
 
 from vtpm import __version__
 from vtpm.api.v1 import instance_pb2 as pb
-from vtpm.cli import ak, anchor, backup, ca, certificates, exchange, exits, host, instances, output, tpm
+from vtpm.cli import ak, anchor, backup, ca, certificates, eventlog, exchange, exits, host, instances, output, tpm
 from vtpm.cli.context import OutputOption, Place, cli_settings, connected, fail, say
 from vtpm.cli.output import Format
 from vtpm.errors import VtpmError
@@ -31,6 +31,8 @@ app.add_typer(ak.app, name="ak")
 app.add_typer(host.app, name="host")
 app.add_typer(config_app, name="config")
 app.add_typer(backup.app, name="backup")
+app.add_typer(eventlog.app, name="eventlog")
+app.add_typer(eventlog.pcr_app, name="pcr")
 tpm.register(app)
 
 # Typer's errors of usage come from click, which recent versions carry inside.

@@ -134,7 +134,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     from rich.table import Table
 
     # Without a terminal Rich assumes 80 columns and cuts what is longer.
-    console = Console(width=None if sys.stdout.isatty() else _NO_LIMIT)
+    # Text of guests is shown as it is: a name between colons is no emoji.
+    console = Console(width=None if sys.stdout.isatty() else _NO_LIMIT, emoji=False)
     grid = Table(box=None, pad_edge=False, header_style="bold")
     for name in head:
         grid.add_column(name, overflow="fold", no_wrap=not sys.stdout.isatty())

@@ -32,7 +32,7 @@ PcrsOption = Annotated[str, typer.Option(help="Such as sha256:0-7,10+sha384:all"
 
 def register(app: typer.Typer) -> None:
     """Add these commands to the top level."""
-    for command in (quote, pcrs, measure, eventlog, execute):
+    for command in (quote, pcrs, measure, execute):
         app.command()(command)
 
 
