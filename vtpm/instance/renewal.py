@@ -149,6 +149,8 @@ class Renewal:
                 self._asleep.add(record.id)
                 return
             pairs = await self._lifecycle.blocking(self._due, record)
+            if not pairs:
+                return
             await prove(tpm.prove, pairs, self._lifecycle.blocking)
             for ak, _ in pairs:
                 issued = await self._lifecycle.blocking(_issue, authority, record, ak)

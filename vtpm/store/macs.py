@@ -77,10 +77,11 @@ def canonical(value: Any) -> Any:
         return value.hex
     if isinstance(value, dt.datetime):
         return value.strftime(_TIME)
-    if isinstance(value, str):
-        # A member of an enumeration, too, is kept as its text.
-        return str.__str__(value)
-    return int(value) if isinstance(value, bool) else value
+    # Truth values, and members of enumerations that are text or numbers.
+    for kind in (str, int):
+        if isinstance(value, kind) and type(value) is not kind:
+            return kind(value)
+    return value
 
 
 @functools.cache

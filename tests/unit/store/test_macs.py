@@ -55,6 +55,7 @@ def test_one_changed_value_is_another_row(data: st.DataObject) -> None:
 def test_values_are_those_that_the_database_keeps() -> None:
     identifier, moment = uuid.uuid4(), dt.datetime(2026, 1, 2, 3, 4, 5, 6)  # noqa: DTZ001  # as the database keeps it
     kept = [identifier.hex, "2026-01-02 03:04:05.000006", 1]
+    assert encode("t", ("a",), [InstanceState.ON]) == encode("t", ("a",), ["ON"])
     assert encode("t", ("a", "b", "c"), [identifier, moment, True]) == encode("t", ("a", "b", "c"), kept)
 
 
