@@ -51,7 +51,9 @@ def test_a_hostile_engine_host_is_killed_and_replaced(script: str, usual_memory:
         assert hostile.wait(30) == -9
         assert daemon.process is not None
         pid = daemon.process.pid
-        with raw.connect(daemon.running("honest").tpm_socket) as sock:
+        instance = daemon.running("honest")
+        daemon.note_host()
+        with raw.connect(instance.tpm_socket) as sock:
             raw.succeed(sock, raw.pcr_read(0))
         assert daemon.process.poll() is None
         assert peak(pid) - usual_memory <= _MORE_MEMORY
@@ -76,6 +78,7 @@ def test_one_that_does_not_even_greet_is_killed_and_the_next_start_has_a_good_on
             assert "Traceback" not in daemon.log_text()
             daemon.start()
         assert daemon.running("honest").state == instance_pb2.ON
+        daemon.note_host()
     finally:
         hostile.kill()
         hostile.wait()

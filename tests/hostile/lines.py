@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import socket
 import sys
@@ -18,7 +19,9 @@ _INSTANCE = "11111111-1111-1111-1111-111111111111"
 def hello(connection: socket.socket) -> pb.HostReply:
     """Read a Hello; return the answer to it."""
     request = pb.HostRequest.FromString(connection.recv(65536))
-    greeting = pb.HelloReply(protocol=PROTOCOL, version=__version__, engine_version="none", engines=["libtpms"], pid=1)
+    greeting = pb.HelloReply(
+        protocol=PROTOCOL, version=__version__, engine_version="none", engines=["libtpms"], pid=os.getpid()
+    )
     return pb.HostReply(id=request.id, hello=greeting)
 
 

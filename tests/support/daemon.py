@@ -85,10 +85,14 @@ class DaemonProcess:
                 raise RuntimeError(f"the daemon ended with {process.returncode}:\n{self.log_text()[-3000:]}")
             if (self.runtime_dir / "operator.sock").exists():
                 with contextlib.suppress(VtpmError):
-                    self._hosts.add(self.client.call(self.client.host.GetHost, pb.GetHostRequest()).engine_host_pid)
+                    self.note_host()
                     return self
             time.sleep(0.01)
         raise RuntimeError(f"the daemon does not answer:\n{self.log_text()[-3000:]}")
+
+    def note_host(self) -> None:
+        """Have the engine host that there is now ended with everything else."""
+        self._hosts.add(self.client.call(self.client.host.GetHost, pb.GetHostRequest()).engine_host_pid)
 
     @property
     def client(self) -> Client:
