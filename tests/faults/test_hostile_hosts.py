@@ -92,7 +92,7 @@ def test_one_that_does_not_even_greet_is_killed_and_the_next_start_has_a_good_on
 def engine_host() -> Iterator[tuple[DaemonProcess, subprocess.Popen[bytes]]]:
     """A real engine host, and the directories of the daemon that it waits for."""
     directories = DaemonProcess()
-    process = start_host(directories, "vtpm.engine.host")
+    process = start_host(directories, "vtpm.engine.host", str(directories.root / "host.log"))
     yield directories, process
     process.kill()
     process.wait()

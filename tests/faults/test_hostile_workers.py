@@ -72,7 +72,7 @@ def power_on(stage: HostileStage, name: str) -> None:
         ("short_token", {"COMMIT_TOKEN"}),
         ("large_state", {"COMMIT_SIZE"}),
         ("commit_storm", {"COMMIT_OUTSTANDING"}),
-        ("unread_answers", {"COMMIT_UNREAD"}),
+        ("unread_answers", {"COMMIT_UNREAD", "COMMIT_OUTSTANDING"}),
         ("commit_after_snapshot", {"COMMIT_OVER"}),
         ("imported_flood", {"FRAMES_TOO_MANY", "UNASKED_AGAIN"}),
         ("touched_flood", {"FRAMES_TOO_MANY", "UNASKED_AGAIN"}),

@@ -305,12 +305,10 @@ def unread_answers(lines: Lines, seed: int) -> None:
     lines.load()
     # The same again and again is a success: it is there to the byte.
     message = frame(lines.commit(lines.durable.version + 1, 100).SerializeToString())
-    unread = 0
     for _ in range(2000):
         lines.send(lines.commits, [message])
-        while (now := len(lines.commits.recv(1 << 20, socket.MSG_PEEK))) == unread:
-            time.sleep(0.0005)
-        unread = now
+        # Nobody behind the sandbox can see how much has come without taking it: mostly an answer takes less.
+        time.sleep(0.02)
 
 
 def endless_frame(lines: Lines, seed: int) -> None:

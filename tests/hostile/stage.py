@@ -51,6 +51,7 @@ class HostileStage:
         self.host = start_host(
             self.daemon,
             "tests.hostile.host",
+            str(self.daemon.root / "host.log"),
             VTPM_HOSTILE_PLAN=str(self._plan_path),
             VTPM_HOSTILE_COUNTS=str(self._counts_path),
         )

@@ -64,10 +64,10 @@ class Client:
         if self._held is not None:
             self._held.close()
 
-    def call(self, method: Any, request: Any) -> Any:
+    def call(self, method: Any, request: Any, timeout_s: float = _TIMEOUT_S) -> Any:
         """Call a unary method; an error of the call is raised as VtpmError."""
         with self.errors():
-            return method(request, timeout=_TIMEOUT_S)
+            return method(request, timeout=timeout_s)
 
     @contextlib.contextmanager
     def errors(self) -> Iterator[None]:
