@@ -27,6 +27,7 @@ _FEATURES: Final = (
     "tpm-2.0",
     "tpm-send-command-header",
     "flags-opt-startup",
+    "flags-opt-disable-auto-shutdown",
     "cmdarg-seccomp",
     "cmdarg-key-fd",
     "cmdarg-pwd-fd",
@@ -43,7 +44,7 @@ A TPM 2.0 in the place of swtpm's (docs/dropin.md); the options are those of swt
 
 Both: --tpm2 --tpmstate dir=<dir>[,mode=0...]|backend-uri=dir://<dir>|backend-uri=file://<file>
 --ctrl type=unixio,path=<path>[,mode=0...][,uid=uid][,gid=gid]|type=tcp,port=<port>|fd=<fd>|clientfd=<fd>[,terminate]
---flags [not-need-init][,startup-clear|startup-state|startup-none]
+--flags [not-need-init][,startup-clear|startup-state|startup-none][,disable-auto-shutdown]
 --key file=<path>|fd=<fd>|pwdfile=<path>|pwdfd=<fd>[,mode=aes-128-cbc|aes-256-cbc][,format=hex|binary][,kdf=pbkdf2|sha512]
 --migration-key <as --key>
 --locality [reject-locality-4][,allow-set-locality]   --seccomp action=none|kill   --runas <user>
@@ -171,6 +172,8 @@ def _run_tpm(options: Options, ready: TextIO | None) -> int:
     if os.environ.get(_USE_DAEMON) == "1":
         from vtpm.cli.dropin_daemon import DaemonTpm, NoFiles, instance_for
 
+        if not options.auto_shutdown:
+            raise refused("disable-auto-shutdown is not possible with the daemon", f"leave it out, or unset {_USE_DAEMON}")
         tpm = DaemonTpm(instance_for(options.directory, state).control_socket)
         state = NoFiles(options.directory)
     else:
@@ -195,7 +198,7 @@ def _alone(options: Options, state: StateDirectory, log: Log) -> tuple[Standalon
     from vtpm.engine.standalone import StandaloneTpm
 
     permanent = state.read()
-    tpm = StandaloneTpm(state.write, filtered=options.filtered, errors_fd=log.fd)
+    tpm = StandaloneTpm(state.write, filtered=options.filtered, errors_fd=log.fd, auto_shutdown=options.auto_shutdown)
     fresh = tpm.manufacture() if permanent is None else None
     tpm.start(permanent or fresh or b"")
     return tpm, fresh

@@ -219,3 +219,5 @@ class Control:
             volatile = self._volatile()
             if volatile is not None:
                 self._state.write_volatile(volatile)
+                # It goes on from there: without power now, it is not shut down at the end, which the file would not know.
+                self._forward(ControlCommand.STOP)

@@ -30,6 +30,8 @@ _NEED_POWER: Final = frozenset(
     ("read_pcrs", "quote", "measure", "get_event_log", "get_keys", "hash_sequence", "write_nv", "read_nv")
 )
 _RUN_COMMANDS: Final = _NEED_POWER | {"execute"}
+# Change nothing but the clock. A quote is none of them: to libtpms it makes a TPM2_Shutdown void.
+_READ: Final = frozenset(("read_pcrs", "get_event_log", "get_keys", "get_status", "read_nv"))
 
 
 class Power(Protocol):
@@ -42,6 +44,9 @@ class Power(Protocol):
     @property
     def imported(self) -> bool:
         """Whether a state was set by the VM's side."""
+
+    # Whether power is taken from the TPM as it is, without a TPM2_Shutdown.
+    without_shutdown: bool
 
     def hash_sequence(self, command: ControlCommand, data: bytes) -> int:
         """A part of an H-CRTM event; a TPM_RESULT."""
@@ -58,8 +63,11 @@ class Power(Protocol):
     def start_up(self, ak_algorithm: KeyAlgorithm | None) -> None:
         """What firmware does after that."""
 
+    def before_power_loss(self) -> None:
+        """TPM2_Shutdown, if the TPM has gone on since the last one."""
+
     def shut_down(self) -> None:
-        """TPM2_Shutdown, by who sent TPM2_Startup."""
+        """The same for good, made durable if the store takes it."""
 
     def listen(self) -> None:
         """Begin to serve the VM's sockets."""
@@ -138,7 +146,7 @@ class Duties:
             fault = pb.Fault(kind="INTERNAL", reason="WORKER_REQUEST_INVALID", message=type(error).__name__)
             reply = pb.WorkerReply(id=request.id, fault=fault)
         # Also when the operation failed half-way: what the TPM did is done.
-        self._durable.settle()
+        self._durable.settle(reading=kind in _READ)
         return reply.SerializeToString(), last
 
     def _check_powered(self) -> None:
@@ -178,6 +186,7 @@ class Duties:
         )
         self._hibernation.after(order.idle_timeout_ms / 1000)
         reply.loaded.SetInParent()
+        self._power.without_shutdown = order.without_shutdown
         if order.snapshot:
             snapshot = self._hibernation.wake(self._durable.open_snapshot(order))
             self._power.go_on(permanent, snapshot)
@@ -194,6 +203,7 @@ class Duties:
         self._power.listen()
 
     def _reset(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:
+        self._power.before_power_loss()
         assert self._tpm.permanent is not None
         self._power.turn_on(self._tpm.permanent)
         if request.reset.startup_clear:

@@ -25,6 +25,9 @@ class Power(Protocol):
     def attached(self) -> bool:
         """Whether a VM's control connection is open."""
 
+    def before_power_loss(self) -> None:
+        """TPM2_Shutdown, if the TPM has gone on since the last one."""
+
     def turn_on(self, permanent: bytes, volatile: bytes | None = None) -> None:
         """_TPM_Init."""
 
@@ -74,6 +77,8 @@ class VmPlatform:
 
     def init(self, flags: int) -> None:
         """See Platform. The states are used up, whatever `flags` says of a volatile state's file."""
+        if self._kept is None:
+            self._power.before_power_loss()
         before = self._tpm.permanent
         imported = self._set.pop(BlobType.PERMANENT, None)
         permanent = imported if imported is not None else before
@@ -93,6 +98,9 @@ class VmPlatform:
 
     def halt(self) -> None:
         """See Platform."""
+        if self._kept is None:
+            # Otherwise it goes on where it is now.
+            self._power.before_power_loss()
         self._power.turn_off()
 
     def power_off(self) -> None:

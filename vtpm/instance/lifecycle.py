@@ -404,7 +404,14 @@ class Lifecycle:
                 return record
             running = self._running.get(record.id)
             if running is not None:
-                await running.tpm.stop()
+                try:
+                    await running.tpm.stop()
+                except VtpmError as error:
+                    if not running.tpm.asleep:
+                        raise
+                    # Without the orderly end that it was to wake for: power goes all the same.
+                    log.warning("instance.stopped_asleep", instance=str(record.id), name=record.name, reason=error.reason)
+                    await self._forget_parked(record)
             self.leave(record)
             record = await self.blocking(self.store.release, record.id, record.epoch)
             log.info("instance.stopped", instance=str(record.id), name=record.name)
