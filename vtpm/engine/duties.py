@@ -270,8 +270,8 @@ class Duties:
         selections = _selections(request.quote.selections)
         # No guest command can run in between: these are the values that get signed.
         _, values = self._operations.read_pcrs(selections)
-        reply.quoted.attest, reply.quoted.signature = self._operations.quote(selections, request.quote.nonce)
-        reply.quoted.ak_tpmt_public = self._operations.ak_public()
+        attest, signature, public = self._operations.quote(selections, request.quote.nonce)
+        reply.quoted.attest, reply.quoted.signature, reply.quoted.ak_tpmt_public = attest, signature, public
         for bank, index, digest in values:
             reply.quoted.values.add(hash_alg=bank.alg_id, index=index, digest=digest)
 

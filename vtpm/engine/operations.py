@@ -46,6 +46,7 @@ from vtpm.tpm.service import (
     shutdown_clear_command,
     startup_clear_command,
 )
+from vtpm.tpm.signed_quote import check_quote
 
 _TPM_LAYER_MASK = 0xFFFF0000
 _RC_INITIALIZE = 0x100
@@ -95,12 +96,10 @@ class Operations:
         self._tcti = InProcessTcti(tpm)
         self._esapi: Any = ESAPI(self._tcti)
         self._banks: tuple[PcrBank, ...] | None = None
-        self._ak_public = b""
 
     def forget(self) -> None:
         """Forget what was read from the TPM; after each power on."""
         self._banks = None
-        self._ak_public = b""
 
     def startup_clear(self) -> None:
         """TPM2_Startup(TPM_SU_CLEAR)."""
@@ -161,22 +160,26 @@ class Operations:
             raise tpm_error(operation, rc)
         return response
 
-    def quote(self, selections: Sequence[PcrSelection], nonce: bytes) -> tuple[bytes, bytes]:
-        """Return TPMS_ATTEST and TPMT_SIGNATURE by the AK (TPM2_Quote; TPM 2.0 Library, Part 3, 18.4)."""
-        return parse_quote(self._run("TPM2_Quote", quote_command(AK_HANDLE, selections, nonce)))
+    def quote(self, selections: Sequence[PcrSelection], nonce: bytes) -> tuple[bytes, bytes, bytes]:
+        """Return TPMS_ATTEST, TPMT_SIGNATURE and the TPMT_PUBLIC of the key that signed (TPM2_Quote; Part 3, 18.4).
+
+        Looked at, used and verified with no command of the guest in between: a guest can put another key there at any time.
+        """
+        public = self.ak_public()
+        attest, signature = parse_quote(self._run("TPM2_Quote", quote_command(AK_HANDLE, selections, nonce)))
+        check_quote(attest, signature, public, nonce)
+        return attest, signature, public
 
     def ak_public(self) -> bytes:
-        """Return the AK's TPMT_PUBLIC as the TPM has it now (TPM2_ReadPublic)."""
-        if not self._ak_public:
-            public = parse_read_public(self._run("TPM2_ReadPublic", read_public_command(AK_HANDLE)))
-            if not is_ak(public):
-                raise FailedPreconditionError(
-                    "AK_FOREIGN",
-                    "the key at the AK's handle is no restricted signing key of this TPM, so what it signs proves nothing",
-                    remedy="remove it with platform authorization and start the instance again",
-                )
-            self._ak_public = public
-        return self._ak_public
+        """Return the AK's TPMT_PUBLIC as the TPM has it now (TPM2_ReadPublic); it may be another at the next call."""
+        public = parse_read_public(self._run("TPM2_ReadPublic", read_public_command(AK_HANDLE)))
+        if not is_ak(public):
+            raise FailedPreconditionError(
+                "AK_FOREIGN",
+                "the key at the AK's handle is no restricted signing key of this TPM, so what it signs proves nothing",
+                remedy="remove it with platform authorization and start the instance again",
+            )
+        return public
 
     def keys(self) -> list[ManufacturedKey]:
         """Return the persistent keys that are where manufacture puts EKs and the AK."""

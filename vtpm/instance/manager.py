@@ -31,6 +31,7 @@ from vtpm.instance.model import (
     QuoteResult,
 )
 from vtpm.instance.pool import InstancePool
+from vtpm.instance.quotes import check_signer
 from vtpm.instance.running import Running
 from vtpm.instance.validation import (
     check_labels,
@@ -341,6 +342,7 @@ class InstanceManager:
         """Sign PCRs and `nonce` (at most 64 bytes) with the AK (TPM2_Quote)."""
         running = await self._tpm(ref)
         quoted = await running.tpm.quote(selections, nonce)
+        check_signer(running.record, quoted)
         return QuoteResult(quoted.attest, quoted.signature, quoted.ak_tpmt_public, quoted.values)
 
     async def measure(self, ref: str, pcr: int, data: bytes, event_type: int, event_data: bytes) -> tuple[PcrValue, ...]:
