@@ -1,7 +1,8 @@
 """libtpms bound with cffi: the software TPM of this process (`man 3 TPMLIB_Process`).
 
 libtpms keeps its TPM in global variables, so there is one per process, and this module's state is global with it. All FFI of
-the engine is in this file. Memory: buffers that libtpms allocates come from its TPM_Malloc and go back through TPM_Free.
+the engine is in this file. Memory: buffers that libtpms allocates come from its TPM_Malloc and go back through TPM_Free;
+states that it is given come from malloc.
 """
 
 from __future__ import annotations
@@ -127,8 +128,9 @@ class Libtpms:
                 state = self._volatile
             case _:
                 return _TPM_RETRY
-        # libtpms frees this buffer itself, so it has to come from its own allocator.
-        if self._lib.TPM_Malloc(data, len(state)) != _TPM_SUCCESS:
+        # libtpms frees this buffer itself, by free. Its own allocator gives less than the state of a TPM whose NV is full.
+        data[0] = _ffi.cast("unsigned char *", _libc.malloc(len(state)))
+        if data[0] == _ffi.NULL:
             return _TPM_FAIL
         _ffi.memmove(data[0], state, len(state))
         length[0] = len(state)
