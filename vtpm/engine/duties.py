@@ -92,6 +92,8 @@ class Duties:
         self._power = power
         self._hibernation = hibernation
         self._events = bytearray()
+        # The AK that a TPM without one gets when the service starts it.
+        self._ak_algorithm: KeyAlgorithm | None = None
         self._requests: dict[str, Callable[[pb.WorkerRequest, pb.WorkerReply], None]] = {
             "manufacture": self._manufacture,
             "load": self._load,
@@ -118,6 +120,7 @@ class Duties:
     def fill(self, snapshot: pb.Snapshot) -> None:
         """Put into a snapshot what was measured."""
         snapshot.events = bytes(self._events)
+        snapshot.ak_algorithm, snapshot.ak_rc = self._ak_algorithm or "", self._operations.ak_rc
 
     def serve(self, message: bytes) -> tuple[bytes, int | None]:
         """Serve one request; return the reply, and the exit status if it was the last."""
@@ -187,10 +190,13 @@ class Duties:
         self._hibernation.after(order.idle_timeout_ms / 1000)
         reply.loaded.SetInParent()
         self._power.without_shutdown = order.without_shutdown
+        self._ak_algorithm = KeyAlgorithm(order.ak_algorithm) if order.ak_algorithm else None
         if order.snapshot:
             snapshot = self._hibernation.wake(self._durable.open_snapshot(order))
             self._power.go_on(permanent, snapshot)
             self._events += snapshot.events
+            self._ak_algorithm = KeyAlgorithm(snapshot.ak_algorithm) if snapshot.ak_algorithm else None
+            self._operations.ak_rc = snapshot.ak_rc
             # Invariant 2: forgotten durably before the first command runs.
             self._durable.finish_consume(order.snapshot_token)
             self._power.gone_on()
@@ -199,7 +205,7 @@ class Duties:
         else:
             self._power.turn_on(permanent)
             if order.startup_clear:
-                self._power.start_up(KeyAlgorithm(order.ak_algorithm) if order.ak_algorithm else None)
+                self._power.start_up(self._ak_algorithm)
         self._power.listen()
 
     def _reset(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:
@@ -207,7 +213,7 @@ class Duties:
         assert self._tpm.permanent is not None
         self._power.turn_on(self._tpm.permanent)
         if request.reset.startup_clear:
-            self._power.start_up(None)
+            self._power.start_up(self._ak_algorithm)
         reply.done.SetInParent()
 
     def _stop(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:
@@ -270,7 +276,7 @@ class Duties:
         selections = _selections(request.quote.selections)
         # No guest command can run in between: these are the values that get signed.
         _, values = self._operations.read_pcrs(selections)
-        attest, signature, public = self._operations.quote(selections, request.quote.nonce)
+        attest, signature, public = self._operations.quote(selections, request.quote.nonce, from_elsewhere=self._power.imported)
         reply.quoted.attest, reply.quoted.signature, reply.quoted.ak_tpmt_public = attest, signature, public
         for bank, index, digest in values:
             reply.quoted.values.add(hash_alg=bank.alg_id, index=index, digest=digest)

@@ -1,9 +1,10 @@
-"""Whose key a quote is signed by: the instance's AK, as the store has it, or nobody's."""
+"""Whose key a quote is signed by: the instance's AK, as the store has it, or nobody's; and why there is none."""
 
 from __future__ import annotations
 
 from vtpm.engine.interface import Quoted
-from vtpm.errors import FailedPreconditionError
+from vtpm.engine.missing_ak import AK_MISSING
+from vtpm.errors import FailedPreconditionError, VtpmError
 from vtpm.instance.certification import AK
 from vtpm.store.model import InstanceRecord
 from vtpm.tpm.keys import AK_HANDLE
@@ -28,3 +29,20 @@ def check_signer(record: InstanceRecord, quoted: Quoted) -> None:
             remedy="remove it with platform authorization (TPM2_EvictControl), then stop the instance and start it with "
             "--startup clear: the AK is made again",
         )
+
+
+def unsigned(record: InstanceRecord, error: VtpmError) -> VtpmError:
+    """Return the error of a quote that nobody could sign, with the cause that the worker can't know."""
+    if error.reason != AK_MISSING or error.remedy:
+        return error
+    again = f"vtpm instance stop {record.name}, then vtpm instance start {record.name} --startup clear"
+    if any(key.role == AK for key in record.keys):
+        message = "the AK was removed with platform authorization (TPM2_EvictControl)"
+        remedy = f"{again}: the same key is made again"
+    else:
+        message = (
+            "the TPM has no AK: its state came from elsewhere (import, migration, loadvm), or its platform seed was changed "
+            "(TPM2_ChangePPS), and the service has not started it since"
+        )
+        remedy = f"{again}: it gets its AK"
+    return FailedPreconditionError(AK_MISSING, message, subject=record.name, remedy=remedy)

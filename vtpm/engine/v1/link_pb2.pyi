@@ -1956,6 +1956,8 @@ class Snapshot(_message.Message):
     EVENTS_FIELD_NUMBER: _builtins.int
     BUFFER_SIZE_FIELD_NUMBER: _builtins.int
     NEEDS_SHUTDOWN_FIELD_NUMBER: _builtins.int
+    AK_ALGORITHM_FIELD_NUMBER: _builtins.int
+    AK_RC_FIELD_NUMBER: _builtins.int
     permanent_version: _builtins.int
     """The version of the permanent state that it belongs to."""
     powered: _builtins.bool
@@ -1968,6 +1970,9 @@ class Snapshot(_message.Message):
     buffer_size: _builtins.int
     needs_shutdown: _builtins.bool
     """The TPM has gone on since TPM2_Startup without a TPM2_Shutdown."""
+    ak_algorithm: _builtins.str
+    """The AK that a TPM without one gets when the service starts it; the TPM_RC that kept it from that, 0: none did."""
+    ak_rc: _builtins.int
     def __init__(
         self,
         *,
@@ -1979,10 +1984,12 @@ class Snapshot(_message.Message):
         events: _builtins.bytes = ...,
         buffer_size: _builtins.int = ...,
         needs_shutdown: _builtins.bool = ...,
+        ak_algorithm: _builtins.str = ...,
+        ak_rc: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["buffer_size", b"buffer_size", "events", b"events", "imported", b"imported", "locality", b"locality", "needs_shutdown", b"needs_shutdown", "permanent_version", b"permanent_version", "powered", b"powered", "volatile", b"volatile"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ak_algorithm", b"ak_algorithm", "ak_rc", b"ak_rc", "buffer_size", b"buffer_size", "events", b"events", "imported", b"imported", "locality", b"locality", "needs_shutdown", b"needs_shutdown", "permanent_version", b"permanent_version", "powered", b"powered", "volatile", b"volatile"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
