@@ -238,7 +238,7 @@ def _start(options: Options, tpm: Tpm, control: Control) -> None:
     if not control.initialise():
         raise refused("Error: Could not initialize libtpms: it refuses the state", "take the state from a backup")
     if options.startup in _STARTUPS:
-        response = tpm.execute(build(CommandCode.Startup, _STARTUPS[options.startup].to_bytes(2, "big")))
+        response = control.start_up(build(CommandCode.Startup, _STARTUPS[options.startup].to_bytes(2, "big")))
         rc = HEADER.unpack_from(response)[2]
         if rc not in (0, 0x100):
             raise refused(f"the TPM answered TPM2_Startup with 0x{rc:x}", "give --flags startup-clear")

@@ -11,7 +11,7 @@ from typing import Final, Protocol
 from vtpm.cli.dropin_blobs import Blobs
 from vtpm.cli.dropin_state import StateDirectory
 from vtpm.errors import EngineError, VtpmError
-from vtpm.tpm.ptm import CODE, INIT_DELETE_VOLATILE, BlobType, ControlCommand, Result, migration_blob, state_of
+from vtpm.tpm.ptm import CODE, BlobType, ControlCommand, Result, migration_blob, state_of
 
 _GET_DECRYPTED: Final = 1
 _HEAD: Final = 12
@@ -87,6 +87,8 @@ class Control:
         self._reject_locality_4 = reject_locality_4
         self._worker = tpm.connect()
         self._suspended = False
+        # Whether the last INIT has resumed a TPM that was suspended; whether it was the start's own, with nothing said since.
+        self._resumed = self._going_on = False
         self.ended = False
         self.data: Data | None = None
 
@@ -181,15 +183,31 @@ class Control:
 
     def initialise(self) -> bool:
         """_TPM_Init without anybody asking for it."""
-        return self._initialise(bytes(4)) == CODE.pack(Result.SUCCESS)
+        done = self._initialise(bytes(4)) == CODE.pack(Result.SUCCESS)
+        self._going_on = done and self._resumed
+        return done
+
+    def start_up(self, command: bytes) -> bytes:
+        """Run the start's own TPM2_Startup; return the response."""
+        response = self._tpm.execute(command)
+        # None of a guest's.
+        self._tpm.commands_since()
+        return response
 
     def _initialise(self, payload: bytes) -> bytes:
         self._suspended = False
+        if self._going_on and not self._tpm.commands_since():
+            # The start has resumed it and nobody has used it: the INIT of a caller, who does not know that, resets nothing.
+            self._forward(ControlCommand.STORE_VOLATILE)
+        self._going_on = False
         try:
-            volatile = None if CODE.unpack(payload)[0] & INIT_DELETE_VOLATILE else self._state.read_volatile()
+            # Whatever the request's flags say: they are about the file, which is gone in any case. A TPM that was suspended
+            # goes on, as with swtpm, whose `swtpm_ioctl -i` sets the flag always.
+            volatile = self._state.read_volatile()
         except VtpmError:
             # Closed on doubt (invariant 7): a damaged volatile state must not become a fresh start.
             return CODE.pack(Result.FAIL)
+        self._resumed = volatile is not None
         if volatile is not None:
             self._forward(ControlCommand.STOP)
             blob = migration_blob(volatile)
@@ -198,6 +216,9 @@ class Control:
                 return answer
         self._state.drop_volatile()
         answer = self._forward(ControlCommand.INIT, payload)
+        if volatile is not None and answer != CODE.pack(Result.SUCCESS):
+            # No command has run on it.
+            self._state.write_volatile(volatile)
         if answer == CODE.pack(Result.SUCCESS) and self._fresh is not None:
             self._state.write_first(self._fresh)
             self._fresh = None
