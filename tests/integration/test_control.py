@@ -104,7 +104,7 @@ def test_nobody_beside_the_vm_resets_its_tpm_or_takes_its_state(daemon: DaemonPr
     assert beside.ask(vmm.INIT, bytes(4)) == refused
     assert beside.ask(vmm.STOP) == refused
     assert beside.ask(vmm.SHUTDOWN) == refused
-    assert beside.ask(vmm.GET_STATE, struct.pack(">III", 1, 1, 0)) == refused
+    assert beside.ask(vmm.GET_STATE, struct.pack(">III", 1, 1, 0)) == refused + bytes(12)
     assert beside.ask(vmm.SET_STATE, struct.pack(">III", 0, 2, 4) + bytes(4)) == refused
     assert beside.ask(vmm.STORE_VOLATILE) == refused
     assert beside.ask(vmm.HASH_START) == refused
@@ -191,6 +191,10 @@ def test_every_command_answers_as_swtpm_does(off: pb.Instance, state: str, tmp_p
 
     with plain_swtpm(tmp_path / "peer") as peer:
         expected = answers(peer)
+    if state != "running":
+        # swtpm answers with the TPM_RESULT alone here, and QEMU waits for more.
+        for what, size in (("volatile", 16), ("savestate", 16), ("state of type 4", 16), ("established", 8)):
+            expected[what] = expected[what].ljust(2 * size, "0")
     assert answers(off.control_socket) == expected
 
 

@@ -11,12 +11,11 @@ from typing import Final, Protocol
 from vtpm.cli.dropin_blobs import Blobs
 from vtpm.cli.dropin_state import StateDirectory
 from vtpm.errors import EngineError, VtpmError
-from vtpm.tpm.ptm import CODE, BlobType, ControlCommand, Result, migration_blob, state_of
+from vtpm.tpm.ptm import CODE, BlobType, ControlCommand, Result, failed_size, migration_blob, state_of
 
 _GET_DECRYPTED: Final = 1
-_HEAD: Final = 12
 # What follows the TPM_RESULT of a success, if anything does.
-_TAILS: Final = {ControlCommand.GET_TPMESTABLISHED: 4, ControlCommand.SET_BUFFERSIZE: 12}
+_TAILS: Final = {ControlCommand.SET_BUFFERSIZE: 12}
 
 
 class Stream(Protocol):
@@ -101,15 +100,14 @@ class Control:
                 socket.send_fds(self._worker, [message], fds)
             else:
                 self._worker.sendall(message)
-            answer = self._exactly(8 if command is ControlCommand.GET_CAPABILITY else 4)
+            answer = self._exactly(8 if command is ControlCommand.GET_CAPABILITY else failed_size(command))
             result = CODE.unpack_from(answer)[0]
             if result == Result.SUCCESS and command in _TAILS:
                 answer += self._exactly(_TAILS[command])
             elif result == Result.SUCCESS and command is ControlCommand.GET_INFO:
                 answer += self._exactly(8)
                 answer += self._exactly(CODE.unpack_from(answer, 8)[0])
-            elif result in (Result.SUCCESS, Result.RETRY) and command is ControlCommand.GET_STATEBLOB:
-                answer += self._exactly(_HEAD)
+            elif result == Result.SUCCESS and command is ControlCommand.GET_STATEBLOB:
                 answer += self._exactly(CODE.unpack_from(answer, 12)[0])
         except OSError:
             raise EngineError("WORKER_GONE", self._tpm.failure or "the TPM's process has ended") from None

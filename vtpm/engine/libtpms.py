@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from vtpm.engine.libtpms_abi import ffi
 from vtpm.errors import EngineError
 from vtpm.tpm.command import MAX_COMMAND_SIZE
+from vtpm.tpm.ptm import CAPABILITIES
 
 if TYPE_CHECKING:
     from vtpm.engine.software import Response
@@ -39,6 +40,7 @@ class Libtpms:
 
     # libtpms is in this process and ends with it.
     lifeline: Final = -1
+    control_capabilities: Final = CAPABILITIES
 
     def __init__(self, library: str = "libtpms.so.0") -> None:
         try:

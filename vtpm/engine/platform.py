@@ -66,6 +66,11 @@ class VmPlatform:
         return not self._set and self._kept is None and not self._hashing
 
     @property
+    def capabilities(self) -> int:
+        """See Platform."""
+        return self._tpm.control_capabilities
+
+    @property
     def powered(self) -> bool:
         """See Platform."""
         return self._power.powered

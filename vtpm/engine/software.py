@@ -30,6 +30,10 @@ class SoftwareTpm(Protocol):
     locality: int
 
     @property
+    def control_capabilities(self) -> int:
+        """What its VM's control channel may promise (PTM_CAP_…)."""
+
+    @property
     def lifeline(self) -> int:
         """A descriptor that is readable once the TPM's program has ended; -1 for a TPM without one."""
 
