@@ -27,6 +27,7 @@ _PERMANENT: Final = b"permall"
 _VOLATILE: Final = b"volatilestate"
 _MAX_STATE_SIZE: Final = 4 << 20
 _STATE_PERMANENT: Final = 1
+_STATE_VOLATILE: Final = 2
 _INFO_FLAGS: Final = 7
 _libc: Final[Any] = _ffi.dlopen(None)
 
@@ -55,8 +56,8 @@ class Libtpms:
         self._volatile: bytes | None = None
         self._manufacturing = False
         self._on = False
-        # Whether libtpms may hold a state of its own that it prefers (check_permanent).
-        self._holds_state = False
+        # Whether libtpms may hold a state of its own that it prefers (check_permanent, check_volatile).
+        self._holds_state = self._holds_volatile = False
         self._response = _ffi.new("unsigned char **")
         self._response_size = _ffi.new("uint32_t *")
         self._buffer_size = _ffi.new("uint32_t *")
@@ -189,10 +190,13 @@ class Libtpms:
         try:
             if self._holds_state:
                 self._check(self._lib.TPMLIB_SetState(_STATE_PERMANENT, permanent, len(permanent)), "TPMLIB_SetState")
+            if self._holds_volatile:
+                given = _ffi.NULL if volatile is None else volatile
+                self._check(self._lib.TPMLIB_SetState(_STATE_VOLATILE, given, len(volatile or b"")), "TPMLIB_SetState")
             # Should this fail, nobody knows what libtpms holds.
             self._holds_state = True
             self._check(self._lib.TPMLIB_MainInit(), "TPMLIB_MainInit")
-            self._holds_state = False
+            self._holds_state = self._holds_volatile = False
         except EngineError:
             # It counts as initialised, and would take no state.
             self._lib.TPMLIB_Terminate()
@@ -238,6 +242,13 @@ class Libtpms:
         # with NULL would mean "no state", and the next power on would manufacture a TPM (invariant 7).
         self._holds_state = True
         self._check(self._lib.TPMLIB_SetState(_STATE_PERMANENT, state, len(state)), "TPMLIB_SetState")
+
+    def check_volatile(self, state: bytes, permanent: bytes) -> None:
+        """Raise EngineError if libtpms could not take `state` beside `permanent`; the TPM must be off (TPMLIB_SetState)."""
+        # It looks at a volatile state only where it has a permanent one.
+        self.check_permanent(permanent)
+        self._holds_volatile = True
+        self._check(self._lib.TPMLIB_SetState(_STATE_VOLATILE, state, len(state)), "TPMLIB_SetState")
 
     def buffer_size(self, wanted: int) -> tuple[int, int, int]:
         """Set the largest command (0: leave it); return it with its least and greatest (TPMLIB_SetBufferSize)."""

@@ -160,6 +160,11 @@ class VmPlatform:
         """See Platform."""
         if kind is BlobType.PERMANENT:
             self._tpm.check_permanent(state)
+        else:
+            permanent = self._set.get(BlobType.PERMANENT, self._tpm.permanent)
+            if permanent is None:
+                raise EngineError("STATE_MISSING", "there is no permanent state that a volatile one could belong to")
+            self._tpm.check_volatile(state, permanent)
         self._set[kind] = state
 
     def serve_data(self, connection: socket.socket) -> bool:

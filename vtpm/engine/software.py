@@ -63,6 +63,9 @@ class SoftwareTpm(Protocol):
     def check_permanent(self, state: bytes) -> None:
         """Raise EngineError if this can't be a permanent state; the TPM is off."""
 
+    def check_volatile(self, state: bytes, permanent: bytes) -> None:
+        """Raise EngineError if this can't be a volatile state of a TPM with that permanent state; the TPM is off."""
+
     def buffer_size(self, wanted: int) -> tuple[int, int, int]:
         """Set the largest command (0: leave it); return it with its least and greatest."""
 

@@ -241,6 +241,10 @@ class TpmServer:
     def check_permanent(self, state: bytes) -> None:
         """See SoftwareTpm; only a power on tells."""
 
+    def check_volatile(self, state: bytes, permanent: bytes) -> None:
+        """See SoftwareTpm."""
+        raise _cannot("take a volatile state")
+
     def buffer_size(self, wanted: int) -> tuple[int, int, int]:
         """See SoftwareTpm; it is fixed."""
         return MAX_COMMAND_SIZE, MAX_COMMAND_SIZE, MAX_COMMAND_SIZE
