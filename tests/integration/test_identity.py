@@ -182,6 +182,7 @@ def test_a_clear_leaves_the_certificates_and_quotes_still_work(daemon: DaemonPro
         return any(key.role == pb.EK and key.handle == 0 for key in daemon.get(name).keys)
 
     eventually(evicted)
+    assert b"EK ECC_P256 not persistent" in daemon.vtpm("instance", "show", name).stdout
     assert daemon.get(name).identity == pb.CERTIFIED
     assert not {int(item.serial, 16) for item in before.values()} & revoked_serials(daemon)
     # The same template makes the same key again.

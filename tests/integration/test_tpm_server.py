@@ -7,6 +7,7 @@ import os
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import sysconfig
@@ -17,9 +18,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import raw
+from tests.support import raw, vmm
 from tests.support.daemon import ROOT, DaemonProcess, worker_pids
 from tests.support.quote import verify
+from tests.support.vmm import Vmm
 from vtpm.api.v1 import instance_pb2 as pb
 from vtpm.api.v1 import tpm_pb2
 from vtpm.engine import tpm_server
@@ -165,6 +167,30 @@ def test_a_reset_drops_volatile_state_and_keeps_nv(simulated: DaemonProcess) -> 
     # The VM's connection is the worker's, and stays.
     assert raw.succeed(sock, raw.pcr_read(16)) == fresh
     assert read_nv(daemon.get("web-1")) == b"kept ..."
+
+
+@pytest.mark.parametrize("powered", [False, True])
+def test_a_vmm_is_promised_what_there_is_and_waits_for_nothing(simulated: DaemonProcess, powered: bool) -> None:
+    machine = Vmm(simulated.create("web-1", engine=ENGINE).control_socket)
+    if powered:
+        machine.boot()
+    ours = Vmm(simulated.create("web-2").control_socket)
+    left_out = int.from_bytes(ours.ask(vmm.CAPABILITY), "big") ^ int.from_bytes(machine.ask(vmm.CAPABILITY), "big")
+    # Hashing, storing the volatile state, giving and taking states: QEMU does not migrate its VM then.
+    assert left_out == 1 << 4 | 1 << 6 | 1 << 8 | 1 << 9
+    for kind in (vmm.PERMANENT, vmm.VOLATILE, vmm.SAVESTATE):
+        machine.control.sendall(vmm.request(vmm.GET_STATE, struct.pack(">III", 1, kind, 0)))
+        result, _flags, _total, length = struct.unpack(">IIII", machine.exactly(16))
+        assert len(machine.exactly(length)) == length
+        assert (result == 0) is (kind == vmm.PERMANENT)
+    # Each answer was whole: the next one is that of the next request.
+    machine.control.sendall(vmm.request(vmm.ESTABLISHED))
+    assert machine.exactly(8)[:4] == (bytes(4) if powered else b"\0\0\0\x0a")
+    for command, payload in ((vmm.STORE_VOLATILE, b""), (vmm.HASH_START, b""), (vmm.RESET_ESTABLISHED, bytes(4))):
+        assert machine.ask(command, payload) != bytes(4)
+    assert len(machine.ask(vmm.CAPABILITY)) == 8
+    for each in (machine, ours):
+        each.close()
 
 
 def test_a_killed_daemons_instances_of_both_engines_are_taken_over(simulated: DaemonProcess) -> None:

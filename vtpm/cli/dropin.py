@@ -26,6 +26,7 @@ _FEATURES: Final = (
     "tpm-2.0",
     "tpm-send-command-header",
     "flags-opt-startup",
+    "flags-opt-disable-auto-shutdown",
     "cmdarg-seccomp",
     "cmdarg-key-fd",
     "cmdarg-pwd-fd",
@@ -42,7 +43,7 @@ A TPM 2.0 in the place of swtpm's (docs/dropin.md); the options are those of swt
 
 Both: --tpm2 --tpmstate dir=<dir>[,mode=0...]|backend-uri=dir://<dir>|backend-uri=file://<file>
 --ctrl type=unixio,path=<path>[,mode=0...][,uid=uid][,gid=gid]|type=tcp,port=<port>|fd=<fd>|clientfd=<fd>[,terminate]
---flags [not-need-init][,startup-clear|startup-state|startup-none]
+--flags [not-need-init][,startup-clear|startup-state|startup-none][,disable-auto-shutdown]
 --key file=<path>|fd=<fd>|pwdfile=<path>|pwdfd=<fd>[,mode=aes-128-cbc|aes-256-cbc][,format=hex|binary][,kdf=pbkdf2|sha512]
 --migration-key <as --key>
 --locality [reject-locality-4][,allow-set-locality]   --seccomp action=none|kill   --runas <user>
@@ -170,6 +171,8 @@ def _run_tpm(options: Options, ready: TextIO | None) -> int:
     if os.environ.get(_USE_DAEMON) == "1":
         from vtpm.cli.dropin_daemon import DaemonTpm, NoFiles, instance_for
 
+        if not options.auto_shutdown:
+            raise refused("disable-auto-shutdown is not possible with the daemon", f"leave it out, or unset {_USE_DAEMON}")
         tpm = DaemonTpm(instance_for(options.directory, state).control_socket)
         state = NoFiles(options.directory)
     else:
@@ -191,7 +194,7 @@ def _alone(options: Options, state: StateDirectory, log: Log) -> tuple[Standalon
     from vtpm.engine.standalone import StandaloneTpm
 
     permanent = state.read()
-    tpm = StandaloneTpm(state.write, filtered=options.filtered, errors_fd=log.fd)
+    tpm = StandaloneTpm(state.write, filtered=options.filtered, errors_fd=log.fd, auto_shutdown=options.auto_shutdown)
     fresh = tpm.manufacture() if permanent is None else None
     tpm.start(permanent or fresh or b"")
     return tpm, fresh
@@ -231,7 +234,7 @@ def _start(options: Options, tpm: Tpm, control: Control) -> None:
     if not control.initialise():
         raise refused("Error: Could not initialize libtpms: it refuses the state", "take the state from a backup")
     if options.startup in _STARTUPS:
-        response = tpm.execute(build(CommandCode.Startup, _STARTUPS[options.startup].to_bytes(2, "big")))
+        response = control.start_up(build(CommandCode.Startup, _STARTUPS[options.startup].to_bytes(2, "big")))
         rc = HEADER.unpack_from(response)[2]
         if rc not in (0, 0x100):
             raise refused(f"the TPM answered TPM2_Startup with 0x{rc:x}", "give --flags startup-clear")

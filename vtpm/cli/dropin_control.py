@@ -11,12 +11,11 @@ from typing import Final, Protocol
 from vtpm.cli.dropin_blobs import Blobs
 from vtpm.cli.dropin_state import StateDirectory
 from vtpm.errors import EngineError, VtpmError
-from vtpm.tpm.ptm import CODE, INIT_DELETE_VOLATILE, BlobType, ControlCommand, Result, migration_blob, state_of
+from vtpm.tpm.ptm import CODE, BlobType, ControlCommand, Result, failed_size, migration_blob, state_of
 
 _GET_DECRYPTED: Final = 1
-_HEAD: Final = 12
 # What follows the TPM_RESULT of a success, if anything does.
-_TAILS: Final = {ControlCommand.GET_TPMESTABLISHED: 4, ControlCommand.SET_BUFFERSIZE: 12}
+_TAILS: Final = {ControlCommand.SET_BUFFERSIZE: 12}
 
 
 class Stream(Protocol):
@@ -87,6 +86,8 @@ class Control:
         self._reject_locality_4 = reject_locality_4
         self._worker = tpm.connect()
         self._suspended = False
+        # Whether the last INIT has resumed a TPM that was suspended; whether it was the start's own, with nothing said since.
+        self._resumed = self._going_on = False
         self.ended = False
         self.data: Data | None = None
 
@@ -99,15 +100,14 @@ class Control:
                 socket.send_fds(self._worker, [message], fds)
             else:
                 self._worker.sendall(message)
-            answer = self._exactly(8 if command is ControlCommand.GET_CAPABILITY else 4)
+            answer = self._exactly(8 if command is ControlCommand.GET_CAPABILITY else failed_size(command))
             result = CODE.unpack_from(answer)[0]
             if result == Result.SUCCESS and command in _TAILS:
                 answer += self._exactly(_TAILS[command])
             elif result == Result.SUCCESS and command is ControlCommand.GET_INFO:
                 answer += self._exactly(8)
                 answer += self._exactly(CODE.unpack_from(answer, 8)[0])
-            elif result in (Result.SUCCESS, Result.RETRY) and command is ControlCommand.GET_STATEBLOB:
-                answer += self._exactly(_HEAD)
+            elif result == Result.SUCCESS and command is ControlCommand.GET_STATEBLOB:
                 answer += self._exactly(CODE.unpack_from(answer, 12)[0])
         except OSError:
             raise EngineError("WORKER_GONE", self._tpm.failure or "the TPM's process has ended") from None
@@ -181,15 +181,31 @@ class Control:
 
     def initialise(self) -> bool:
         """_TPM_Init without anybody asking for it."""
-        return self._initialise(bytes(4)) == CODE.pack(Result.SUCCESS)
+        done = self._initialise(bytes(4)) == CODE.pack(Result.SUCCESS)
+        self._going_on = done and self._resumed
+        return done
+
+    def start_up(self, command: bytes) -> bytes:
+        """Run the start's own TPM2_Startup; return the response."""
+        response = self._tpm.execute(command)
+        # None of a guest's.
+        self._tpm.commands_since()
+        return response
 
     def _initialise(self, payload: bytes) -> bytes:
         self._suspended = False
+        if self._going_on and not self._tpm.commands_since():
+            # The start has resumed it and nobody has used it: the INIT of a caller, who does not know that, resets nothing.
+            self._forward(ControlCommand.STORE_VOLATILE)
+        self._going_on = False
         try:
-            volatile = None if CODE.unpack(payload)[0] & INIT_DELETE_VOLATILE else self._state.read_volatile()
+            # Whatever the request's flags say: they are about the file, which is gone in any case. A TPM that was suspended
+            # goes on, as with swtpm, whose `swtpm_ioctl -i` sets the flag always.
+            volatile = self._state.read_volatile()
         except VtpmError:
             # Closed on doubt (invariant 7): a damaged volatile state must not become a fresh start.
             return CODE.pack(Result.FAIL)
+        self._resumed = volatile is not None
         if volatile is not None:
             self._forward(ControlCommand.STOP)
             blob = migration_blob(volatile)
@@ -198,6 +214,9 @@ class Control:
                 return answer
         self._state.drop_volatile()
         answer = self._forward(ControlCommand.INIT, payload)
+        if volatile is not None and answer != CODE.pack(Result.SUCCESS):
+            # No command has run on it.
+            self._state.write_volatile(volatile)
         if answer == CODE.pack(Result.SUCCESS) and self._fresh is not None:
             self._state.write_first(self._fresh)
             self._fresh = None
@@ -219,3 +238,5 @@ class Control:
             volatile = self._volatile()
             if volatile is not None:
                 self._state.write_volatile(volatile)
+                # It goes on from there: without power now, it is not shut down at the end, which the file would not know.
+                self._forward(ControlCommand.STOP)

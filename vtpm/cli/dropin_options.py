@@ -88,6 +88,8 @@ class Options:
     control: Address | None = None
     need_init: bool = True
     startup: str = "startup-none"
+    # TPM2_Shutdown before power is taken away, if the guest sent none.
+    auto_shutdown: bool = True
     pid_file: str = ""
     pid_fd: int = -1
     log: Mapping[str, str] = field(default_factory=dict)
@@ -121,7 +123,7 @@ def parse(arguments: Sequence[str], form: str = "socket") -> Options:
             return Options(action=action)
     if "--tpm2" not in given:
         raise refused("a TPM 1.2 was asked for; only TPM 2.0 is emulated", "give --tpm2")
-    flags = _fields("flags", given.get("--flags", ""), (), ("not-need-init", *_STARTUPS))
+    flags = _fields("flags", given.get("--flags", ""), (), ("not-need-init", "disable-auto-shutdown", *_STARTUPS))
     if "startup-deactivated" in flags:
         raise refused("TPM 2 does not support startup deactivated.")
     startups = [name for name in flags if name in _STARTUPS]
@@ -150,6 +152,7 @@ def parse(arguments: Sequence[str], form: str = "socket") -> Options:
         control=control,
         need_init="not-need-init" not in flags and not proxy and not any(name != "startup-none" for name in startups),
         startup=startups[-1] if startups else "startup-none",
+        auto_shutdown="disable-auto-shutdown" not in flags,
         pid_file=str(Path(pid["file"]).absolute()) if "file" in pid else "",
         pid_fd=_number("pid", pid, "fd"),
         log=_fields("logging", given.get("--log", ""), ("file", "fd", "level", "prefix"), ("truncate",)),

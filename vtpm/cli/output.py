@@ -39,7 +39,8 @@ def instance_dict(instance: pb.Instance) -> dict[str, Any]:
             {
                 "role": pb.KeyRole.Name(key.role),
                 "algorithm": pb.KeyAlgorithm.Name(key.algorithm),
-                "handle": f"0x{key.handle:08x}",
+                # Null: not persistent, as after TPM2_Clear; its template makes it again.
+                "handle": f"0x{key.handle:08x}" if key.handle else None,
                 "public_pem": key.public_pem,
             }
             for key in instance.keys
@@ -121,7 +122,7 @@ def instance(found: pb.Instance, form: Format) -> None:
     value["pcr_banks"] = ", ".join(profile["pcr_banks"])
     value["nv_layout"] = profile["nv_layout"]
     value["platform"] = " / ".join(filter(None, value["platform"].values()))
-    value["keys"] = ", ".join(f"{key['role']} {key['algorithm']} {key['handle']}" for key in value["keys"])
+    value["keys"] = ", ".join(f"{key['role']} {key['algorithm']} {key['handle'] or 'not persistent'}" for key in value["keys"])
     failure = value.pop("failure")
     if failure:
         value |= {"failure": f"{failure['reason']}: {failure['message']}", "remedy": failure["remedy"]}

@@ -24,6 +24,10 @@ class Platform(Protocol):
     """What the control channel asks of the worker. Methods raise VtpmError when the TPM fails."""
 
     @property
+    def capabilities(self) -> int:
+        """What is served (PTM_CAP_…)."""
+
+    @property
     def powered(self) -> bool:
         """Whether the TPM is initialised."""
 
@@ -135,8 +139,8 @@ class ControlChannel:
         try:
             answer = self._serve(command, request)
         except VtpmError:
-            return CODE.pack(Result.FAIL)
-        return CODE.pack(answer) if isinstance(answer, int) else answer
+            return ptm.failure(command, Result.FAIL)
+        return ptm.failure(command, answer) if isinstance(answer, int) else answer
 
     def _serve(self, command: ControlCommand, request: bytes) -> bytes | int:
         """Return the whole answer, or the TPM_RESULT that is all of it."""
@@ -146,7 +150,7 @@ class ControlChannel:
             return Result.FAIL
         match command:
             case ControlCommand.GET_CAPABILITY:
-                return struct.pack(">Q", ptm.CAPABILITIES)
+                return struct.pack(">Q", platform.capabilities)
             case ControlCommand.INIT:
                 platform.init(int.from_bytes(request, "big"))
                 return Result.SUCCESS

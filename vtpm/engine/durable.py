@@ -33,6 +33,9 @@ _SYNC_NS: Final = 250_000
 _COMMITS_ASLEEP: Final = 200
 # The refusal of a snapshot by a store in trouble; its worker goes on without.
 SNAPSHOT_NOT_TAKEN: Final = "SNAPSHOT_NOT_TAKEN"
+# How long a power off waits for the store to take the state of an orderly end.
+_PARTING_TIMEOUT_S: Final = 10.0
+_SHUTDOWN: Final = int(CommandCode.Shutdown)
 _NV_WRITE: Final = int(CommandCode.NV_Write)
 # Looked for only where the permanent state has changed. Nearly every NV write is another's.
 _IDENTITY_COMMANDS: Final = frozenset(
@@ -67,6 +70,12 @@ class DurableState:
         self.on_identity: Callable[[], None] = lambda: None
         # Called with each TPM2_NV_Write, which is still in the command's buffer.
         self.on_nv_write: Callable[[], None] = lambda: None
+        # Whether the TPM has gone on since TPM2_Startup without a TPM2_Shutdown: a loss of power would count against its guest
+        # (dictionary attack logic; Part 1, 19.8). Each TPM2_Startup and TPM2_Shutdown changes NV, and so does the first command
+        # that makes a TPM2_Shutdown void. So the commits tell, and other commands cost nothing.
+        self.needs_shutdown = False
+        # Whether the TPM has what the store does not have, and nobody was told of; the next commit has it too.
+        self._ahead = False
         # Whether the last commit shared its sync with nobody, and for how many more the worker waits asleep.
         self._alone = False
         self._asleep = 0
@@ -123,10 +132,35 @@ class DurableState:
         """Return what `make` makes of the data key and the instance; the key itself is not given away."""
         return make(self._data_key, self.instance)
 
-    def settle(self) -> None:
-        """Commit if the TPM has changed; a TPM that is just being manufactured has nowhere to commit to."""
+    def settle(self, *, reading: bool = False) -> None:
+        """Commit if the TPM has changed; a TPM that is just being manufactured has nowhere to commit to.
+
+        `reading`: by commands that only read, so that what changed is the clock, and a TPM2_Shutdown before them still holds.
+        """
         if self._tpm.dirty and self._data_key:
+            needs_shutdown = self.needs_shutdown
             self.commit()
+            if reading:
+                self.needs_shutdown = needs_shutdown
+
+    def put_off(self) -> None:
+        """The service has shut the TPM down, and told nobody: that goes with the next commit, and nobody waits for it now."""
+        self._ahead |= self._tpm.dirty
+        self._tpm.dirty = self.needs_shutdown = False
+
+    def catch_up(self) -> None:
+        """Commit what `put_off` left too."""
+        if (self._tpm.dirty or self._ahead) and self._data_key:
+            self.commit()
+
+    def part(self) -> None:
+        """Commit what is left before the worker ends, if the store takes it in time; nothing of it was answered."""
+        self._timeout_s = min(self._timeout_s, _PARTING_TIMEOUT_S)
+        try:
+            self.catch_up()
+        except Exit:
+            # Power goes all the same. The TPM is then as after a loss of power.
+            return
 
     def commit(self, ordinal: int = 0, response: Response | bytes = b"") -> None:
         """Seal the permanent state and have it made durable; `ordinal` and `response` are of the command that changed it."""
@@ -139,6 +173,8 @@ class DurableState:
                 self.on_identity()
         elif ordinal == _NV_WRITE:
             self.on_nv_write()
+        self.needs_shutdown = ordinal != _SHUTDOWN or HEADER.unpack_from(response)[2] != TPM_RC_SUCCESS
+        self._ahead = False
         tpm = self._tpm
         assert tpm.permanent is not None
         crash_point("worker.before_seal")

@@ -29,6 +29,8 @@ _NEED_POWER: Final = frozenset(
     ("read_pcrs", "quote", "measure", "get_event_log", "get_keys", "hash_sequence", "write_nv", "read_nv", "prove")
 )
 _RUN_COMMANDS: Final = _NEED_POWER | {"execute"}
+# Change nothing but the clock. A quote is none of them: to libtpms it makes a TPM2_Shutdown void.
+_READ: Final = frozenset(("read_pcrs", "get_event_log", "get_keys", "get_status", "read_nv"))
 
 
 class Power(Protocol):
@@ -41,6 +43,9 @@ class Power(Protocol):
     @property
     def imported(self) -> bool:
         """Whether a state was set by the VM's side."""
+
+    # Whether power is taken from the TPM as it is, without a TPM2_Shutdown.
+    without_shutdown: bool
 
     def hash_sequence(self, command: ControlCommand, data: bytes) -> int:
         """A part of an H-CRTM event; a TPM_RESULT."""
@@ -57,8 +62,11 @@ class Power(Protocol):
     def start_up(self, ak_algorithm: KeyAlgorithm | None) -> None:
         """What firmware does after that."""
 
+    def before_power_loss(self) -> None:
+        """TPM2_Shutdown, if the TPM has gone on since the last one."""
+
     def shut_down(self) -> None:
-        """TPM2_Shutdown, by who sent TPM2_Startup."""
+        """The same for good, made durable if the store takes it."""
 
     def listen(self) -> None:
         """Begin to serve the VM's sockets."""
@@ -86,6 +94,8 @@ class Duties:
         self._power = power
         self._hibernation = hibernation
         self._events = EventLog()
+        # The AK that a TPM without one gets when the service starts it.
+        self._ak_algorithm: KeyAlgorithm | None = None
         self._requests: dict[str, Callable[[pb.WorkerRequest, pb.WorkerReply], None]] = {
             "manufacture": self._manufacture,
             "load": self._load,
@@ -112,6 +122,7 @@ class Duties:
     def fill(self, snapshot: pb.Snapshot) -> None:
         """Put into a snapshot what was measured."""
         self._events.fill(snapshot)
+        snapshot.ak_algorithm, snapshot.ak_rc = self._ak_algorithm or "", self._operations.ak_rc
 
     def hashed(self, digests: Sequence[bytes]) -> None:
         """Record an H-CRTM event; after TPM2_Startup it is a dynamic launch, which is no part of the boot."""
@@ -148,7 +159,7 @@ class Duties:
             fault = pb.Fault(kind="INTERNAL", reason="WORKER_REQUEST_INVALID", message=type(error).__name__)
             reply = pb.WorkerReply(id=request.id, fault=fault)
         # Also when the operation failed half-way: what the TPM did is done.
-        self._durable.settle()
+        self._durable.settle(reading=kind in _READ)
         return reply.SerializeToString(), last
 
     def _check_powered(self) -> None:
@@ -188,10 +199,14 @@ class Duties:
         )
         self._hibernation.after(order.idle_timeout_ms / 1000)
         reply.loaded.SetInParent()
+        self._power.without_shutdown = order.without_shutdown
+        self._ak_algorithm = KeyAlgorithm(order.ak_algorithm) if order.ak_algorithm else None
         if order.snapshot:
             snapshot = self._hibernation.wake(self._durable.open_snapshot(order))
             self._power.go_on(permanent, snapshot)
             self._events.restore(snapshot)
+            self._ak_algorithm = KeyAlgorithm(snapshot.ak_algorithm) if snapshot.ak_algorithm else None
+            self._operations.ak_rc = snapshot.ak_rc
             # Invariant 2: forgotten durably before the first command runs.
             self._durable.finish_consume(order.snapshot_token)
             self._power.gone_on()
@@ -200,14 +215,15 @@ class Duties:
         else:
             self._power.turn_on(permanent)
             if order.startup_clear:
-                self._power.start_up(KeyAlgorithm(order.ak_algorithm) if order.ak_algorithm else None)
+                self._power.start_up(self._ak_algorithm)
         self._power.listen()
 
     def _reset(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:
+        self._power.before_power_loss()
         assert self._tpm.permanent is not None
         self._power.turn_on(self._tpm.permanent)
         if request.reset.startup_clear:
-            self._power.start_up(None)
+            self._power.start_up(self._ak_algorithm)
         reply.done.SetInParent()
 
     def _stop(self, request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:
@@ -270,8 +286,8 @@ class Duties:
         selections = _selections(request.quote.selections)
         # No guest command can run in between: these are the values that get signed.
         _, values = self._operations.read_pcrs(selections)
-        reply.quoted.attest, reply.quoted.signature = self._operations.quote(selections, request.quote.nonce)
-        reply.quoted.ak_tpmt_public = self._operations.ak_public()
+        attest, signature, public = self._operations.quote(selections, request.quote.nonce, from_elsewhere=self._power.imported)
+        reply.quoted.attest, reply.quoted.signature, reply.quoted.ak_tpmt_public = attest, signature, public
         for bank, index, digest in values:
             reply.quoted.values.add(hash_alg=bank.alg_id, index=index, digest=digest)
 

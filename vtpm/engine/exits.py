@@ -17,7 +17,7 @@ EXIT_HIBERNATED: Final = 85
 
 
 class Exit(BaseException):
-    """Ends the worker with an exit status; never caught on the way."""
+    """Ends the worker with an exit status; caught on the way only where power goes anyway."""
 
     def __init__(self, status: int) -> None:
         self.status = status

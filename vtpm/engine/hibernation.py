@@ -109,7 +109,7 @@ class Hibernation:
             return False
         if self._loop.busy or not self._durable.ready or self._tpm.lifeline >= 0 or not self._platform.quiescent:
             return False
-        self._durable.settle()
+        self._durable.catch_up()
         if not self._durable.take_snapshot(self._snapshot(), attached=self._loop.attached):
             # The store can't take it now. Nothing is lost, this worker is simply still here.
             self._since = time.monotonic()

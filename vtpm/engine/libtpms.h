@@ -26,7 +26,7 @@ TPM_RESULT TPM_IO_Hash_Data(const unsigned char *data, uint32_t data_length);
 TPM_RESULT TPM_IO_Hash_End(void);
 TPM_RESULT TPM_IO_TpmEstablished_Get(unsigned char *tpmEstablished);
 TPM_RESULT TPM_IO_TpmEstablished_Reset(void);
+void *malloc(size_t size);
 void free(void *ptr);
 int OPENSSL_init_crypto(uint64_t opts, const void *settings);
-TPM_RESULT TPM_Malloc(unsigned char **buffer, uint32_t size);
 void TPM_Free(unsigned char *buffer);

@@ -1,7 +1,8 @@
 """libtpms bound with cffi: the software TPM of this process (`man 3 TPMLIB_Process`).
 
 libtpms keeps its TPM in global variables, so there is one per process, and this module's state is global with it. All FFI of
-the engine is in this file. Memory: buffers that libtpms allocates come from its TPM_Malloc and go back through TPM_Free.
+the engine is in this file. Memory: buffers that libtpms allocates come from its TPM_Malloc and go back through TPM_Free;
+states that it is given come from malloc.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from vtpm.engine.randomness import CHECKSUM_SIZE, freshen
 from vtpm.errors import EngineError
 from vtpm.tpm.codes import response_code_name
 from vtpm.tpm.command import MAX_COMMAND_SIZE
+from vtpm.tpm.ptm import CAPABILITIES
 from vtpm.tpm.service import response_code, stir_random_command
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ _PERMANENT: Final = b"permall"
 _VOLATILE: Final = b"volatilestate"
 _MAX_STATE_SIZE: Final = 4 << 20
 _STATE_PERMANENT: Final = 1
+_STATE_VOLATILE: Final = 2
 _INFO_FLAGS: Final = 7
 _STIR_SIZE: Final = 32
 _RC_SUCCESS: Final = 0
@@ -53,6 +56,7 @@ class Libtpms:
 
     # libtpms is in this process and ends with it.
     lifeline: Final = -1
+    control_capabilities: Final = CAPABILITIES
 
     def __init__(self, library: str = "libtpms.so.0") -> None:
         try:
@@ -67,8 +71,8 @@ class Libtpms:
         self._volatile: bytes | None = None
         self._manufacturing = False
         self._on = False
-        # Whether libtpms may hold a state of its own that it prefers (check_permanent).
-        self._holds_state = False
+        # Whether libtpms may hold a state of its own that it prefers (check_permanent, check_volatile).
+        self._holds_state = self._holds_volatile = False
         self._response = _ffi.new("unsigned char **")
         self._response_size = _ffi.new("uint32_t *")
         self._buffer_size = _ffi.new("uint32_t *")
@@ -156,8 +160,9 @@ class Libtpms:
                 state = self._volatile
             case _:
                 return _TPM_RETRY
-        # libtpms frees this buffer itself, so it has to come from its own allocator.
-        if self._lib.TPM_Malloc(data, len(state)) != _TPM_SUCCESS:
+        # libtpms frees this buffer itself, by free. Its own allocator gives less than the state of a TPM whose NV is full.
+        data[0] = _ffi.cast("unsigned char *", _libc.malloc(len(state)))
+        if data[0] == _ffi.NULL:
             return _TPM_FAIL
         _ffi.memmove(data[0], state, len(state))
         length[0] = len(state)
@@ -225,10 +230,15 @@ class Libtpms:
         try:
             if self._holds_state:
                 self._check(self._lib.TPMLIB_SetState(_STATE_PERMANENT, permanent, len(permanent)), "TPMLIB_SetState")
+            if self._holds_volatile:
+                # What it took to check the state is not what it goes on from, which has random numbers of its own.
+                given = self._volatile
+                state = _ffi.NULL if given is None else given
+                self._check(self._lib.TPMLIB_SetState(_STATE_VOLATILE, state, len(given or b"")), "TPMLIB_SetState")
             # Should this fail, nobody knows what libtpms holds.
             self._holds_state = True
             self._check(self._lib.TPMLIB_MainInit(), "TPMLIB_MainInit")
-            self._holds_state = False
+            self._holds_state = self._holds_volatile = False
             if volatile is not None and fresh is None:
                 self._stir()
         except EngineError:
@@ -291,6 +301,13 @@ class Libtpms:
         # with NULL would mean "no state", and the next power on would manufacture a TPM (invariant 7).
         self._holds_state = True
         self._check(self._lib.TPMLIB_SetState(_STATE_PERMANENT, state, len(state)), "TPMLIB_SetState")
+
+    def check_volatile(self, state: bytes, permanent: bytes) -> None:
+        """Raise EngineError if libtpms could not take `state` beside `permanent`; the TPM must be off (TPMLIB_SetState)."""
+        # It looks at a volatile state only where it has a permanent one.
+        self.check_permanent(permanent)
+        self._holds_volatile = True
+        self._check(self._lib.TPMLIB_SetState(_STATE_VOLATILE, state, len(state)), "TPMLIB_SetState")
 
     def buffer_size(self, wanted: int) -> tuple[int, int, int]:
         """Set the largest command (0: leave it); return it with its least and greatest (TPMLIB_SetBufferSize)."""

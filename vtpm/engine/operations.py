@@ -26,15 +26,17 @@ from tpm2_pytss.types import (
     TPMT_PUBLIC,
 )
 
+from vtpm.engine.missing_ak import missing_ak
 from vtpm.engine.software import SoftwareTpm
 from vtpm.engine.tcti import InProcessTcti
-from vtpm.errors import EngineError, FailedPreconditionError, TpmError
+from vtpm.errors import EngineError, FailedPreconditionError, InvalidArgumentError, TpmError
 from vtpm.tpm.codes import CommandCode, Handle, response_code_name
 from vtpm.tpm.command import build
 from vtpm.tpm.keys import AK_HANDLE, KeyAlgorithm, ak_template, ek_handle, ek_template, is_ak, key_algorithm
 from vtpm.tpm.pcr import PcrBank, PcrSelection, marshal_selections
 from vtpm.tpm.service import (
     MAX_READ,
+    PH_ENABLE,
     hierarchy_change_auth_command,
     parse_pcr_read,
     parse_quote,
@@ -45,8 +47,11 @@ from vtpm.tpm.service import (
     read_public_command,
     response_code,
     shutdown_clear_command,
+    startup_clear_attributes,
+    startup_clear_attributes_command,
     startup_clear_command,
 )
+from vtpm.tpm.signed_quote import check_quote
 
 _TPM_LAYER_MASK = 0xFFFF0000
 _RC_INITIALIZE = 0x100
@@ -56,7 +61,6 @@ _RC_FORMAT_ONE_MASK = 0xBF
 _RC_HIERARCHY = 0x85
 _REMEDIES = {
     _RC_INITIALIZE: "the guest's firmware has not started the TPM; reset the instance with startup CLEAR",
-    _RC_HANDLE: "the guest's firmware has removed the AK with platform authorization; create a new instance",
     _RC_HIERARCHY: "the guest's firmware has disabled the platform hierarchy; it is back after a reset",
 }
 
@@ -96,12 +100,13 @@ class Operations:
         self._tcti = InProcessTcti(tpm)
         self._esapi: Any = ESAPI(self._tcti)
         self._banks: tuple[PcrBank, ...] | None = None
-        self._ak_public = b""
+        # What kept the TPM from getting an AK when the service started it (TPM_RC); 0: nothing did.
+        self.ak_rc = 0
 
     def forget(self) -> None:
         """Forget what was read from the TPM; after each power on."""
         self._banks = None
-        self._ak_public = b""
+        self.ak_rc = 0
 
     def startup_clear(self) -> None:
         """TPM2_Startup(TPM_SU_CLEAR)."""
@@ -169,22 +174,39 @@ class Operations:
             raise tpm_error(operation, rc)
         return response
 
-    def quote(self, selections: Sequence[PcrSelection], nonce: bytes) -> tuple[bytes, bytes]:
-        """Return TPMS_ATTEST and TPMT_SIGNATURE by the AK (TPM2_Quote; TPM 2.0 Library, Part 3, 18.4)."""
-        return parse_quote(self._run("TPM2_Quote", quote_command(AK_HANDLE, selections, nonce)))
+    def quote(
+        self, selections: Sequence[PcrSelection], nonce: bytes, *, from_elsewhere: bool = False
+    ) -> tuple[bytes, bytes, bytes]:
+        """Return TPMS_ATTEST, TPMT_SIGNATURE and the TPMT_PUBLIC of the key that signed (TPM2_Quote; Part 3, 18.4).
 
-    def ak_public(self) -> bytes:
-        """Return the AK's TPMT_PUBLIC as the TPM has it now (TPM2_ReadPublic)."""
-        if not self._ak_public:
-            public = parse_read_public(self._run("TPM2_ReadPublic", read_public_command(AK_HANDLE)))
-            if not is_ak(public):
-                raise FailedPreconditionError(
-                    "AK_FOREIGN",
-                    "the key at the AK's handle is no restricted signing key of this TPM, so what it signs proves nothing",
-                    remedy="remove it with platform authorization and start the instance again",
-                )
-            self._ak_public = public
-        return self._ak_public
+        Looked at, used and verified with no command of the guest in between: a guest can put another key there at any time.
+        `from_elsewhere` tells why there may be no AK (vtpm.engine.missing_ak).
+        """
+        public = self.ak_public(from_elsewhere=from_elsewhere)
+        attest, signature = parse_quote(self._run("TPM2_Quote", quote_command(AK_HANDLE, selections, nonce)))
+        check_quote(attest, signature, public, nonce)
+        return attest, signature, public
+
+    def ak_public(self, *, from_elsewhere: bool = False) -> bytes:
+        """Return the AK's TPMT_PUBLIC as the TPM has it now (TPM2_ReadPublic); it may be another at the next call."""
+        response = self._tcti.run(read_public_command(AK_HANDLE))
+        rc = response_code(response)
+        if rc & _RC_FORMAT_ONE_MASK == _RC_HANDLE:
+            raise missing_ak(self.ak_rc, platform_enabled=self._platform_enabled(), from_elsewhere=from_elsewhere)
+        if rc:
+            raise tpm_error("TPM2_ReadPublic", rc)
+        public = parse_read_public(response)
+        if not is_ak(public):
+            raise FailedPreconditionError(
+                "AK_FOREIGN",
+                "the key at the AK's handle is no restricted signing key of this TPM, so what it signs proves nothing",
+                remedy="remove it with platform authorization and start the instance again",
+            )
+        return public
+
+    def _platform_enabled(self) -> bool:
+        """Whether firmware has left the platform hierarchy enabled, whose objects are out of reach otherwise."""
+        return startup_clear_attributes(self._run("TPM2_GetCapability", startup_clear_attributes_command())) & PH_ENABLE != 0
 
     def keys(self) -> list[ManufacturedKey]:
         """Return the persistent keys that are where manufacture puts EKs and the AK."""
@@ -195,7 +217,11 @@ class Operations:
             rc = response_code(response)
             if rc == 0:
                 public = parse_read_public(response)
-                kind = key_algorithm(public)
+                try:
+                    kind = key_algorithm(public)
+                except InvalidArgumentError:
+                    # The guest's own use of that handle, for an object that is no RSA or ECC key.
+                    continue
                 if kind is not None and algorithm in (None, kind) and (role != "AK" or is_ak(public)):
                     found.append(ManufacturedKey(role, kind, handle, public))
             elif rc & _RC_FORMAT_ONE_MASK != _RC_HANDLE:
@@ -203,12 +229,15 @@ class Operations:
         return found
 
     def ensure_ak(self, algorithm: KeyAlgorithm) -> None:
-        """Make the AK if there is none: the TPM of another program was imported. Platform auth is still empty."""
-        rc = response_code(self._tcti.run(read_public_command(AK_HANDLE)))
-        if rc & _RC_FORMAT_ONE_MASK == _RC_HANDLE:
-            self._make_ak(algorithm)
-        elif rc:
-            raise tpm_error("TPM2_ReadPublic", rc)
+        """Make the AK if there is none: the TPM of another program was imported. Platform auth is still empty.
+
+        The TPM is its guest's: what keeps it from an AK, as NV that is full, is noted for who asks for a quote.
+        """
+        if response_code(self._tcti.run(read_public_command(AK_HANDLE))) & _RC_FORMAT_ONE_MASK == _RC_HANDLE:
+            try:
+                self._make_ak(algorithm)
+            except TpmError as error:
+                self.ak_rc = error.rc
 
     def extend(self, pcr: int, data: bytes) -> dict[PcrBank, bytes]:
         """Extend `pcr` with the digest of `data` in every allocated bank (TPM2_PCR_Extend); return the digests."""
@@ -283,9 +312,12 @@ class Operations:
     ) -> ManufacturedKey:
         transient, public = self._create_primary(hierarchy, template)
         with _tpm_errors("TPM2_EvictControl"):
-            persistent = self._esapi.evict_control(evict_auth, transient, handle)
-            self._esapi.tr_close(persistent)
-            self._esapi.flush_context(transient)
+            try:
+                persistent = self._esapi.evict_control(evict_auth, transient, handle)
+                self._esapi.tr_close(persistent)
+            finally:
+                # Also where NV has no room for it (invariant 5).
+                self._esapi.flush_context(transient)
         return ManufacturedKey(role, algorithm, handle, public)
 
 

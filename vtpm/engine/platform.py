@@ -27,6 +27,9 @@ class Power(Protocol):
     def attached(self) -> bool:
         """Whether a VM's control connection is open."""
 
+    def before_power_loss(self) -> None:
+        """TPM2_Shutdown, if the TPM has gone on since the last one."""
+
     def turn_on(self, permanent: bytes, volatile: bytes | None = None) -> None:
         """_TPM_Init."""
 
@@ -70,6 +73,11 @@ class VmPlatform:
         return not self._set and self._kept is None and not self._hashing
 
     @property
+    def capabilities(self) -> int:
+        """See Platform."""
+        return self._tpm.control_capabilities
+
+    @property
     def powered(self) -> bool:
         """See Platform."""
         return self._power.powered
@@ -81,6 +89,8 @@ class VmPlatform:
 
     def init(self, flags: int) -> None:
         """See Platform. The states are used up, whatever `flags` says of a volatile state's file."""
+        if self._kept is None:
+            self._power.before_power_loss()
         before = self._tpm.permanent
         imported = self._set.pop(BlobType.PERMANENT, None)
         permanent = imported if imported is not None else before
@@ -100,6 +110,9 @@ class VmPlatform:
 
     def halt(self) -> None:
         """See Platform."""
+        if self._kept is None:
+            # Otherwise it goes on where it is now.
+            self._power.before_power_loss()
         self._power.turn_off()
 
     def power_off(self) -> None:
@@ -160,6 +173,11 @@ class VmPlatform:
         """See Platform."""
         if kind is BlobType.PERMANENT:
             self._tpm.check_permanent(state)
+        else:
+            permanent = self._set.get(BlobType.PERMANENT, self._tpm.permanent)
+            if permanent is None:
+                raise EngineError("STATE_MISSING", "there is no permanent state that a volatile one could belong to")
+            self._tpm.check_volatile(state, permanent)
         self._set[kind] = state
 
     def serve_data(self, connection: socket.socket) -> bool:

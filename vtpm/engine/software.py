@@ -30,6 +30,10 @@ class SoftwareTpm(Protocol):
     locality: int
 
     @property
+    def control_capabilities(self) -> int:
+        """What its VM's control channel may promise (PTM_CAP_…)."""
+
+    @property
     def lifeline(self) -> int:
         """A descriptor that is readable once the TPM's program has ended; -1 for a TPM without one."""
 
@@ -58,6 +62,9 @@ class SoftwareTpm(Protocol):
 
     def check_permanent(self, state: bytes) -> None:
         """Raise EngineError if this can't be a permanent state; the TPM is off."""
+
+    def check_volatile(self, state: bytes, permanent: bytes) -> None:
+        """Raise EngineError if this can't be a volatile state of a TPM with that permanent state; the TPM is off."""
 
     def buffer_size(self, wanted: int) -> tuple[int, int, int]:
         """Set the largest command (0: leave it); return it with its least and greatest."""

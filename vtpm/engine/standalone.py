@@ -54,11 +54,14 @@ class StandaloneTpm:
     """One worker and its state. `keep` makes a state durable; what it raises ends the run.
 
     Without the system call filter if `filtered` is false, for whoever debugs. The worker's last words go to `errors_fd`, which
-    it does not have itself (vtpm.engine.log_pipes).
+    it does not have itself (vtpm.engine.log_pipes). Power is taken from the TPM as it is if `auto_shutdown` is false.
     """
 
-    def __init__(self, keep: Callable[[bytes], None], *, filtered: bool = True, errors_fd: int = 2) -> None:
+    def __init__(
+        self, keep: Callable[[bytes], None], *, filtered: bool = True, errors_fd: int = 2, auto_shutdown: bool = True
+    ) -> None:
         self._keep = keep
+        self._auto_shutdown = auto_shutdown
         self._errors_fd = errors_fd
         self._tpm = Libtpms()
         self._filter: Filter | None = None
@@ -119,6 +122,7 @@ class StandaloneTpm:
                     epoch=_EPOCH,
                     commit_timeout_ms=_COMMIT_TIMEOUT_MS,
                     without_init=True,
+                    without_shutdown=not self._auto_shutdown,
                 )
             )
         )
@@ -247,4 +251,7 @@ class StandaloneTpm:
         # Its last words, unless nobody takes them.
         self._listener.join(_PAUSE_S)
         status = os.waitstatus_to_exitcode(wait_status)
-        return "" if status in _ENDED_WELL else self.failure or f"the TPM's process ended with status {status}"
+        if status in _ENDED_WELL:
+            # Set if the state of its orderly end could not be kept.
+            return self.failure
+        return self.failure or f"the TPM's process ended with status {status}"

@@ -27,6 +27,7 @@ from tpm2_pytss.TSS2_Exception import TSS2_Exception
 from vtpm.engine import sandbox
 from vtpm.engine.isolation import PRIVATE_DIR, isolate
 from vtpm.errors import EngineError, ErrorKind
+from vtpm.tpm import ptm
 from vtpm.tpm.codes import TPM_RC_COMMAND_SIZE
 from vtpm.tpm.command import HEADER, HEADER_SIZE, MAX_COMMAND_SIZE, error_response
 
@@ -58,6 +59,11 @@ def in_new_worker(program: str, hidden: Sequence[str], *, owner: int | None = No
 
 class TpmServer:
     """Implements vtpm.engine.software.SoftwareTpm; `directory` is where the program keeps its state."""
+
+    # A VMM that sees that states are neither given nor taken does not try to migrate its VM.
+    control_capabilities: Final = ptm.CAPABILITIES & ~(
+        ptm.CAP_STORE_VOLATILE | ptm.CAP_GET_STATEBLOB | ptm.CAP_SET_STATEBLOB | ptm.CAP_HASHING
+    )
 
     def __init__(self, program: str, directory: Path, *, refusal: EngineError | None = None) -> None:
         self._program = program
@@ -249,6 +255,10 @@ class TpmServer:
 
     def check_permanent(self, state: bytes) -> None:
         """See SoftwareTpm; only a power on tells."""
+
+    def check_volatile(self, state: bytes, permanent: bytes) -> None:
+        """See SoftwareTpm."""
+        raise _cannot("take a volatile state")
 
     def buffer_size(self, wanted: int) -> tuple[int, int, int]:
         """See SoftwareTpm; it is fixed."""

@@ -21,6 +21,8 @@ from vtpm.engine.framing import FrameReader, frame
 from vtpm.engine.hibernation import Hibernation
 from vtpm.engine.platform import VmPlatform
 from vtpm.engine.v1 import link_pb2 as pb
+from vtpm.errors import EngineError
+from vtpm.tpm.service import shutdown_clear_command
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -89,8 +91,8 @@ class Worker:
         self._import_told = False
         # What tells that the TPM's program has ended, if the TPM is one.
         self._lifeline = -1
-        # Whether the service sent TPM2_Startup; then it sends TPM2_Shutdown too, so that the TPM goes down orderly.
-        self._started_here = False
+        # Whether power is taken from the TPM as it is, without a TPM2_Shutdown.
+        self.without_shutdown = False
         self._watch(host, self._on_host)
         self._watch(operations_socket, self._on_operations)
 
@@ -239,7 +241,7 @@ class Worker:
 
     def fill(self, snapshot: pb.Snapshot) -> None:
         """See Loop."""
-        snapshot.started_here, snapshot.imported = self._started_here, self.imported
+        snapshot.needs_shutdown, snapshot.imported = self._durable.needs_shutdown, self.imported
         self._duties.fill(snapshot)
 
     def gone_on(self) -> None:
@@ -258,7 +260,7 @@ class Worker:
             self._tpm.permanent = permanent
         self._tpm.buffer_size(snapshot.buffer_size)
         self._tpm.locality = snapshot.locality
-        self._started_here, self.imported = snapshot.started_here, snapshot.imported
+        self._durable.needs_shutdown, self.imported = snapshot.needs_shutdown, snapshot.imported
 
     # ---- power, for vtpm.engine.platform and vtpm.engine.duties ----------------------------------------------------------
 
@@ -277,7 +279,8 @@ class Worker:
         finally:
             self._watch_program()
         self._duties.forget()
-        self._started_here = False
+        # One that goes on from elsewhere has run.
+        self._durable.needs_shutdown = volatile is not None
         self._channels.set_powered(True)
 
     def turn_off(self) -> None:
@@ -289,16 +292,24 @@ class Worker:
     def start_up(self, ak_algorithm: KeyAlgorithm | None) -> None:
         """See Power: TPM2_Startup, and platform auth that nobody knows."""
         self._operations.startup_clear()
-        self._started_here = True
         if ak_algorithm is not None:
             self._operations.ensure_ak(ak_algorithm)
         self._operations.close_platform()
 
+    def before_power_loss(self) -> None:
+        """See Power."""
+        if not self.powered or not self._durable.needs_shutdown or self.without_shutdown:
+            return
+        # Never TPM_SU_STATE: a TPM2_Startup(STATE) after it would bring the PCRs back (invariant 2).
+        with contextlib.suppress(EngineError):
+            # A TPM that fails, or was never started and says so, has nothing that an orderly end would keep.
+            self._tpm.process(shutdown_clear_command())
+        self._durable.put_off()
+
     def shut_down(self) -> None:
         """See Power."""
-        if self.powered and self._started_here:
-            self._operations.shutdown_clear()
-            self._durable.settle()
+        self.before_power_loss()
+        self._durable.part()
 
     def end(self) -> None:
         """See Power."""

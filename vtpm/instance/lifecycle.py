@@ -32,6 +32,7 @@ from vtpm.errors import (
     StoreError,
     VtpmError,
 )
+from vtpm.instance.certification import AK
 from vtpm.instance.keeper import IdentityKeeper
 from vtpm.instance.renewal import Renewal
 from vtpm.instance.running import Running
@@ -389,6 +390,20 @@ class Lifecycle:
         log.info("instance.keys_changed", instance=str(record.id), name=record.name)
         self.hub.publish("UPDATED", record)
 
+    async def _started_by_service(self, running: Running) -> None:
+        """Write down what the start has brought: the keys of a TPM that nobody knew, the AK of one that had none."""
+        record = running.record
+        if not record.keys:
+            await self._refresh_keys(running)
+        elif not any(key.role == AK for key in record.keys):
+            try:
+                present, _ = await running.tpm.keys()
+                if aks := [key for key in present if key.role == AK]:
+                    self.refresh(await self.blocking(self.store.set_keys, record.id, (*record.keys, *aks), ()))
+            except VtpmError as error:
+                # The TPM runs, which is what counts; the next start looks again.
+                log.warning("instance.ak_unknown", instance=str(record.id), reason=error.reason, remedy=error.remedy)
+
     async def _forget_parked(self, record: InstanceRecord) -> None:
         await self._forget_quietly(self.engine(record.engine), record.id)
 
@@ -499,7 +514,14 @@ class Lifecycle:
                 return record
             running = self._running.get(record.id)
             if running is not None:
-                await running.tpm.stop()
+                try:
+                    await running.tpm.stop()
+                except VtpmError as error:
+                    if not running.tpm.asleep:
+                        raise
+                    # Without the orderly end that it was to wake for: power goes all the same.
+                    log.warning("instance.stopped_asleep", instance=str(record.id), name=record.name, reason=error.reason)
+                    await self._forget_parked(record)
             self.leave(record)
             record = await self.blocking(self.store.release, record.id, record.epoch)
             log.info("instance.stopped", instance=str(record.id), name=record.name)
@@ -527,6 +549,9 @@ class Lifecycle:
                     )
                 case InstanceState.ON if running is not None:
                     await running.tpm.reset(startup_clear=startup_clear)
+                    if startup_clear:
+                        await self._started_by_service(running)
+                        record = running.record
                     self.hub.publish("UPDATED", record)
                     return record
                 case _:
@@ -587,8 +612,8 @@ class Lifecycle:
         crash_point("power_on.after_load")
         running = self._running_of(owned, tpm)
         self.enter(running)
-        if startup_clear and not owned.keys:
-            await self._refresh_keys(running)
+        if startup_clear:
+            await self._started_by_service(running)
             owned = running.record
         log.info("instance.started", instance=str(record.id), name=record.name, epoch=owned.epoch)
         self.hub.publish("UPDATED", owned)

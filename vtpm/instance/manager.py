@@ -15,7 +15,7 @@ import structlog
 
 from vtpm import __version__
 from vtpm.engine.v1 import link_pb2 as pb
-from vtpm.errors import ConflictError, FailedPreconditionError, InvalidArgumentError, NotFoundError, StoreError
+from vtpm.errors import ConflictError, FailedPreconditionError, InvalidArgumentError, NotFoundError, StoreError, VtpmError
 from vtpm.instance.authority_key import rewrap_authority_key
 from vtpm.instance.creation import Creation, Wanted
 from vtpm.instance.lifecycle import Lifecycle
@@ -33,6 +33,7 @@ from vtpm.instance.model import (
     QuoteResult,
 )
 from vtpm.instance.pool import InstancePool
+from vtpm.instance.quotes import check_signer, unsigned
 from vtpm.instance.running import Running
 from vtpm.instance.validation import (
     check_labels,
@@ -352,7 +353,11 @@ class InstanceManager:
     async def quote(self, ref: str, selections: Sequence[PcrSelection], nonce: bytes) -> QuoteResult:
         """Sign PCRs and `nonce` (at most 64 bytes) with the AK (TPM2_Quote)."""
         running = await self._tpm(ref)
-        quoted = await running.tpm.quote(selections, nonce)
+        try:
+            quoted = await running.tpm.quote(selections, nonce)
+        except VtpmError as error:
+            raise unsigned(running.record, error) from None
+        check_signer(running.record, quoted)
         return QuoteResult(quoted.attest, quoted.signature, quoted.ak_tpmt_public, quoted.values)
 
     async def measure(

@@ -177,7 +177,7 @@ class Thaws:
 
     async def _thaw(self, running: Running) -> RunningTpm:
         """Bring an instance back; it is FAILED if its snapshot or its state can't be used."""
-        if self.held:
+        if self.held and not running.tpm.stopping:
             raise FailedPreconditionError(
                 "HOST_DRAINED", "the host is drained: no instance wakes", subject=running.record.name,
                 remedy="vtpm host resume",
@@ -193,7 +193,7 @@ class Thaws:
                 order = await self._order(running, token)
                 tpm = await self._power.engine(record.engine).thaw(order)
             except VtpmError as error:
-                if error.kind is ErrorKind.UNAVAILABLE and error.reason not in _REPORTED:
+                if error.kind is ErrorKind.UNAVAILABLE and error.reason not in _REPORTED and not running.tpm.stopping:
                     # The store or the key provider is in trouble; the instance is as safe as before, and its guest waits.
                     log.error("instance.thaw_waits", instance=str(record.id), reason=error.reason, remedy=error.remedy)
                     await asyncio.sleep(_RETRY_S)

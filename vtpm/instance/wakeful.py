@@ -39,6 +39,8 @@ class WakefulTpm:
         self._attached = attached
         self._left = asyncio.Event()
         self._ended = False
+        # While it is stopped: it wakes for an orderly end, or not at all.
+        self.stopping = False
 
     @property
     def asleep(self) -> bool:
@@ -211,9 +213,13 @@ class WakefulTpm:
                 raise
 
     async def stop(self) -> None:
-        """See RunningTpm."""
-        while True:
-            tpm = await self.awake()
-            await tpm.stop()
-            if self._tpm is tpm or self._ended:
-                return
+        """See RunningTpm. It is woken for an orderly end; if that fails, it is asleep still."""
+        self.stopping = True
+        try:
+            while True:
+                tpm = await self.awake()
+                await tpm.stop()
+                if self._tpm is tpm or self._ended:
+                    return
+        finally:
+            self.stopping = False

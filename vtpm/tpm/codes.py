@@ -182,6 +182,7 @@ TPM_RC_INITIALIZE: Final = 0x100
 TPM_RC_FAILURE: Final = 0x101
 TPM_RC_COMMAND_SIZE: Final = 0x142
 TPM_RC_COMMAND_CODE: Final = 0x143
+TPM_RC_NV_SPACE: Final = 0x14B
 TPM_RC_RETRY: Final = 0x922
 
 # Format zero, version 1 (bit 8 set): errors, then warnings (bit 11 set). Part 2, 6.6.3.

@@ -59,6 +59,10 @@ class Result(enum.IntEnum):
 
 # Bits 0 to 15 for the first eighteen commands (PTM_CAP_*, SEND_COMMAND_HEADER among them), bit 16 for LOCK_STORAGE.
 CAPABILITIES: Final = 0x1FFFF
+CAP_HASHING: Final = 1 << 4
+CAP_STORE_VOLATILE: Final = 1 << 6
+CAP_GET_STATEBLOB: Final = 1 << 8
+CAP_SET_STATEBLOB: Final = 1 << 9
 INIT_DELETE_VOLATILE: Final = 1
 MAX_LOCALITY: Final = 4
 MAX_STATE_SIZE: Final = 1 << 20
@@ -66,6 +70,9 @@ MAX_HASH_DATA_SIZE: Final = 4096
 MAX_INFO_SIZE: Final = 3072
 
 CODE: Final = struct.Struct(">I")
+# Answers whose size is the same in failure: QEMU reads that much before it looks at the TPM_RESULT. The others are a TPM_RESULT
+# alone then.
+_FAILED_SIZES: Final = {ControlCommand.GET_STATEBLOB: 16, ControlCommand.GET_TPMESTABLISHED: 8}
 _GET_STATE: Final = struct.Struct(">III")
 _GET_INFO: Final = struct.Struct(">QII")
 # Payloads of fixed size. A single byte may be followed by three bytes of padding.
@@ -167,6 +174,16 @@ class ControlReader:
             self._padding = 0
         elif zeros < len(buffer):
             self._padding = 0
+
+
+def failed_size(command: ControlCommand) -> int:
+    """Return the size of an answer to `command` that reports a failure."""
+    return _FAILED_SIZES.get(command, CODE.size)
+
+
+def failure(command: ControlCommand, result: int) -> bytes:
+    """Return the answer to `command` with that TPM_RESULT and without data, at its full length."""
+    return CODE.pack(result).ljust(failed_size(command), b"\0")
 
 
 def get_state_request(payload: bytes) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """The few commands that serve a running instance, built and parsed here (TPM 2.0 Library, Part 3).
 
 TPM2_Startup (9.3), TPM2_Shutdown (9.4), TPM2_ReadPublic (12.4), TPM2_StirRandom (16.2), TPM2_HierarchyChangeAuth (24.8),
-TPM2_PCR_Extend (22.2), TPM2_PCR_Read (22.4) and TPM2_Quote (18.4).
+TPM2_PCR_Extend (22.2), TPM2_PCR_Read (22.4), TPM2_Quote (18.4) and TPM2_GetCapability (30.2).
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ MAX_READ: Final = 8
 MAX_NONCE_SIZE: Final = 64
 # Authorization area of one password session with the empty password (Part 1, 19.4): size, handle, nonce, attributes, password.
 EMPTY_PASSWORD: Final = struct.pack(">IIHBH", 9, Handle.PASSWORD, 0, 0, 0)
+# TPMA_STARTUP_CLEAR: the platform hierarchy is enabled (Part 2, 8.7).
+PH_ENABLE: Final = 1
+_CAP_TPM_PROPERTIES: Final = 6
+_PT_STARTUP_CLEAR: Final = 0x201
 _U16: Final = struct.Struct(">H")
 _U32: Final = struct.Struct(">I")
 
@@ -37,6 +41,27 @@ def shutdown_clear_command() -> bytes:
 def stir_random_command(data: bytes) -> bytes:
     """Return TPM2_StirRandom."""
     return build(CommandCode.StirRandom, _U16.pack(len(data)) + data)
+
+
+def startup_clear_attributes_command() -> bytes:
+    """Return TPM2_GetCapability of TPM_PT_STARTUP_CLEAR."""
+    return build(CommandCode.GetCapability, struct.pack(">III", _CAP_TPM_PROPERTIES, _PT_STARTUP_CLEAR, 1))
+
+
+def startup_clear_attributes(response: bytes) -> int:
+    """Return TPMA_STARTUP_CLEAR of its success.
+
+    Raises:
+        InvalidArgumentError: RESPONSE_MALFORMED.
+    """
+    try:
+        # moreData, the capability, the count; then the tag and the value (Part 2, 10.8 and 10.9.8).
+        _more, _capability, count, tag, value = struct.unpack_from(">BIIII", response, HEADER_SIZE)
+    except struct.error:
+        raise _malformed() from None
+    if (count, tag) != (1, _PT_STARTUP_CLEAR):
+        raise _malformed()
+    return int(value)
 
 
 def hierarchy_change_auth_command(hierarchy: int, auth: bytes) -> bytes:

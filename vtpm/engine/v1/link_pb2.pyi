@@ -1524,6 +1524,7 @@ class Load(_message.Message):
     COMMAND_RATE_FIELD_NUMBER: _builtins.int
     COMMAND_BURST_FIELD_NUMBER: _builtins.int
     MAX_CONNECTIONS_FIELD_NUMBER: _builtins.int
+    WITHOUT_SHUTDOWN_FIELD_NUMBER: _builtins.int
     data_key: _builtins.bytes
     sealed: _builtins.bytes
     epoch: _builtins.int
@@ -1548,6 +1549,8 @@ class Load(_message.Message):
     command_burst: _builtins.int
     max_connections: _builtins.int
     """Data connections at once, besides the VM's own; 0: the worker's default."""
+    without_shutdown: _builtins.bool
+    """Take power from the TPM as it is, without a TPM2_Shutdown before."""
     @_builtins.property
     def place(self) -> Global___Place:
         """Where the sealed blob below stands."""
@@ -1570,10 +1573,11 @@ class Load(_message.Message):
         command_rate: _builtins.float = ...,
         command_burst: _builtins.int = ...,
         max_connections: _builtins.int = ...,
+        without_shutdown: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["place", b"place"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ak_algorithm", b"ak_algorithm", "command_burst", b"command_burst", "command_rate", b"command_rate", "commit_timeout_ms", b"commit_timeout_ms", "data_key", b"data_key", "epoch", b"epoch", "idle_timeout_ms", b"idle_timeout_ms", "max_connections", b"max_connections", "place", b"place", "sealed", b"sealed", "snapshot", b"snapshot", "snapshot_token", b"snapshot_token", "snapshot_version", b"snapshot_version", "startup_clear", b"startup_clear", "without_init", b"without_init"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ak_algorithm", b"ak_algorithm", "command_burst", b"command_burst", "command_rate", b"command_rate", "commit_timeout_ms", b"commit_timeout_ms", "data_key", b"data_key", "epoch", b"epoch", "idle_timeout_ms", b"idle_timeout_ms", "max_connections", b"max_connections", "place", b"place", "sealed", b"sealed", "snapshot", b"snapshot", "snapshot_token", b"snapshot_token", "snapshot_version", b"snapshot_version", "startup_clear", b"startup_clear", "without_init", b"without_init", "without_shutdown", b"without_shutdown"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2007,25 +2011,30 @@ class Snapshot(_message.Message):
     POWERED_FIELD_NUMBER: _builtins.int
     VOLATILE_FIELD_NUMBER: _builtins.int
     LOCALITY_FIELD_NUMBER: _builtins.int
-    STARTED_HERE_FIELD_NUMBER: _builtins.int
     IMPORTED_FIELD_NUMBER: _builtins.int
     EVENTS_FIELD_NUMBER: _builtins.int
     BUFFER_SIZE_FIELD_NUMBER: _builtins.int
     EVENT_ORIGINS_FIELD_NUMBER: _builtins.int
     EVENT_SIZES_FIELD_NUMBER: _builtins.int
     H_CRTM_DIGESTS_FIELD_NUMBER: _builtins.int
+    NEEDS_SHUTDOWN_FIELD_NUMBER: _builtins.int
+    AK_ALGORITHM_FIELD_NUMBER: _builtins.int
+    AK_RC_FIELD_NUMBER: _builtins.int
     permanent_version: _builtins.int
     """The version of the permanent state that it belongs to."""
     powered: _builtins.bool
     volatile: _builtins.bytes
     """libtpms' volatile state; empty unless powered."""
     locality: _builtins.int
-    started_here: _builtins.bool
-    """Whether the service sent TPM2_Startup."""
     imported: _builtins.bool
     events: _builtins.bytes
     """What Measure recorded since the last reset."""
     buffer_size: _builtins.int
+    needs_shutdown: _builtins.bool
+    """The TPM has gone on since TPM2_Startup without a TPM2_Shutdown."""
+    ak_algorithm: _builtins.str
+    """The AK that a TPM without one gets when the service starts it; the TPM_RC that kept it from that, 0: none did."""
+    ak_rc: _builtins.int
     @_builtins.property
     def event_origins(self) -> _containers.RepeatedScalarFieldContainer[Global___Origin.ValueType]:
         """For each event in `events`, without the Spec ID record, whose it is and its size in bytes; none in an older snapshot."""
@@ -2043,17 +2052,19 @@ class Snapshot(_message.Message):
         powered: _builtins.bool = ...,
         volatile: _builtins.bytes = ...,
         locality: _builtins.int = ...,
-        started_here: _builtins.bool = ...,
         imported: _builtins.bool = ...,
         events: _builtins.bytes = ...,
         buffer_size: _builtins.int = ...,
         event_origins: _abc.Iterable[Global___Origin.ValueType] | None = ...,
         event_sizes: _abc.Iterable[_builtins.int] | None = ...,
         h_crtm_digests: _abc.Iterable[_builtins.bytes] | None = ...,
+        needs_shutdown: _builtins.bool = ...,
+        ak_algorithm: _builtins.str = ...,
+        ak_rc: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["buffer_size", b"buffer_size", "event_origins", b"event_origins", "event_sizes", b"event_sizes", "events", b"events", "h_crtm_digests", b"h_crtm_digests", "imported", b"imported", "locality", b"locality", "permanent_version", b"permanent_version", "powered", b"powered", "started_here", b"started_here", "volatile", b"volatile"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ak_algorithm", b"ak_algorithm", "ak_rc", b"ak_rc", "buffer_size", b"buffer_size", "event_origins", b"event_origins", "event_sizes", b"event_sizes", "events", b"events", "h_crtm_digests", b"h_crtm_digests", "imported", b"imported", "locality", b"locality", "needs_shutdown", b"needs_shutdown", "permanent_version", b"permanent_version", "powered", b"powered", "volatile", b"volatile"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
