@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import sqlite3
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -40,12 +42,15 @@ PCR = 3
 
 
 @pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaemonProcess]:
+def host() -> Iterator[DaemonProcess]:
     """A daemon that has both engines, and gives two instances to the ports of the TPM simulator."""
-    program = tmp_path_factory.mktemp("engine") / "tpm_server"
-    install(program)
-    with daemon(VTPM_MSSIM_PORTS=json.dumps(PORTS), VTPM_TPM_SERVER_PATH=str(program)) as process:
-        yield process
+    # Where every user may run it: as root each worker is a user of its own.
+    with tempfile.TemporaryDirectory(prefix="vtpm-") as directory:
+        Path(directory).chmod(0o755)
+        program = Path(directory) / "tpm_server"
+        install(program)
+        with daemon(VTPM_MSSIM_PORTS=json.dumps(PORTS), VTPM_TPM_SERVER_PATH=str(program)) as process:
+            yield process
 
 
 class Guest:
@@ -415,7 +420,7 @@ def test_a_suspended_tpm_is_not_shut_down(tmp_path: Path) -> None:
 
 def test_a_state_that_can_not_be_written_keeps_no_process(tmp_path: Path) -> None:
     with running(OURS, tmp_path / "state", *READY) as tpm:
-        (tmp_path / "state").rename(tmp_path / "elsewhere")
+        shutil.rmtree(tmp_path / "state")
         tpm.process.terminate()
         assert tpm.process.wait(20) == 1
         assert tpm.process.stderr is not None
