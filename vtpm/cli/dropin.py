@@ -11,8 +11,9 @@ import sys
 from typing import TYPE_CHECKING, Final, NoReturn, TextIO
 
 from vtpm import __version__
-from vtpm.cli.dropin_options import Options, parse, refused
-from vtpm.cli.dropin_process import NAME, Log, daemonize, detach, run_as, written_pid
+from vtpm.cli.dropin_fields import refused
+from vtpm.cli.dropin_options import Options, parse
+from vtpm.cli.dropin_process import NAME, Log, PidFile, daemonize, detach, run_as
 from vtpm.errors import VtpmError
 
 if TYPE_CHECKING:
@@ -154,6 +155,7 @@ def _run_tpm(options: Options, ready: TextIO | None) -> int:
         load_ciphers()
         run_as(options.run_as)
     log = Log(options, quiet=options.daemon)
+    pid = PidFile(options)
 
     device = -1
     if options.proxy or options.device is not None:
@@ -177,7 +179,7 @@ def _run_tpm(options: Options, ready: TextIO | None) -> int:
     failure = ""
     try:
         control = Control(tpm, state, fresh=fresh, blobs=blobs, reject_locality_4=options.reject_locality_4)
-        _serve_clients(options, tpm, control, device, log=log, ready=ready)
+        _serve_clients(options, tpm, control, device, pid=pid, log=log, ready=ready)
     finally:
         tpm.stop()
         failure = tpm.wait()
@@ -197,7 +199,9 @@ def _alone(options: Options, state: StateDirectory, log: Log) -> tuple[Standalon
     return tpm, fresh
 
 
-def _serve_clients(options: Options, tpm: Tpm, control: Control, device: int, *, log: Log, ready: TextIO | None) -> None:
+def _serve_clients(
+    options: Options, tpm: Tpm, control: Control, device: int, *, pid: PidFile, log: Log, ready: TextIO | None
+) -> None:
     from vtpm.cli.dropin_serve import Server
 
     if not options.need_init:
@@ -211,16 +215,17 @@ def _serve_clients(options: Options, tpm: Tpm, control: Control, device: int, *,
     server = Server(options, tpm, control, device)
     try:
         server.listen()
-        with written_pid(options):
-            if ready is not None:
-                detach(ready)
-            if log.fd != 2 and not ready:
-                os.dup2(log.fd, 2)
-            server.run()
-            if not control.ended:
-                with contextlib.suppress(VtpmError):
-                    control.suspend()
+        pid.write()
+        if ready is not None:
+            detach(ready)
+        if log.fd != 2 and not ready:
+            os.dup2(log.fd, 2)
+        server.run()
+        if not control.ended:
+            with contextlib.suppress(VtpmError):
+                control.suspend()
     finally:
+        pid.remove()
         server.close()
 
 

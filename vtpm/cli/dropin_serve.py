@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Final
 
 from vtpm import files
+from vtpm.cli.dropin_addresses import Address
 from vtpm.cli.dropin_control import Control, Tpm
 from vtpm.cli.dropin_data import DataChannel, RelayedData
 from vtpm.cli.dropin_device import Device, is_stream_socket
-from vtpm.cli.dropin_options import Address, Options, refused
+from vtpm.cli.dropin_fields import refused
+from vtpm.cli.dropin_options import Options
 from vtpm.errors import EngineError
 from vtpm.files import Directory
 from vtpm.tpm.ptm import CODE, ControlReader, Result
@@ -26,8 +28,6 @@ from vtpm.tpm.ptm import CODE, ControlReader, Result
 _CHECK_S: Final = 5.0
 _SEND_TIMEOUT_S: Final = 5.0
 _MAX_DESCRIPTORS: Final = 4
-# Of sun_path (unix(7)).
-_MAX_PATH: Final = 107
 
 
 class Listener:
@@ -69,8 +69,6 @@ class Listener:
 
 def _bind_path(address: Address) -> tuple[socket.socket, tuple[Directory, str, int]]:
     """Bind, set mode and owner and listen before the name is there: whoever waits for it can connect at once."""
-    if len(os.fsencode(address.path)) > _MAX_PATH:
-        raise refused(f"Could not open UnixIO socket {address.path}: a path that clients can use has {_MAX_PATH} bytes at most")
     try:
         path = Path(address.path)
         directory, name = files.open_directory(path.parent), path.name

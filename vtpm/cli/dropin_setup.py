@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from vtpm import __version__, files
-from vtpm.cli.dropin_options import refused, state_place
+from vtpm.cli.dropin_fields import refused
+from vtpm.cli.dropin_options import state_place
 from vtpm.errors import VtpmError
 
 if TYPE_CHECKING:

@@ -34,7 +34,9 @@ def read_key(fields: Mapping[str, str], option: str = "--key") -> bytes | None:
     source = sources[0]
     try:
         mode = KeyMode(_MODES[fields.get("mode", "aes-128-cbc")])
-        form, kdf = KeyFormat(fields.get("format", "hex")), Kdf(fields.get("kdf", "pbkdf2"))
+        form = KeyFormat(fields.get("format", "hex"))
+        # A key that is no password is not derived, and swtpm does not look at the name then.
+        kdf = Kdf(fields.get("kdf", "pbkdf2")) if source.startswith("pwd") else Kdf("pbkdf2")
         place = int(fields[source]) if source.endswith("fd") else fields[source]
     except (KeyError, ValueError):
         raise InvalidArgumentError("USAGE", "Error parsing key options: unknown mode, format, kdf or descriptor") from None
@@ -43,7 +45,7 @@ def read_key(fields: Mapping[str, str], option: str = "--key") -> bytes | None:
             content = files.read_descriptor(place, _MAX_KEY_FILE_SIZE, str(place))
         else:
             content = files.read(Path(place), _MAX_KEY_FILE_SIZE, follow=True)
-            if fields.get("remove", "false") in ("true", "1"):
+            if "remove" in fields:
                 _remove(Path(place))
     except OSError as error:
         raise InvalidArgumentError("FILE_UNREADABLE", f"Unable to open file {place}: {error.strerror}") from None
