@@ -5,7 +5,6 @@ What a caller waits for is the time until the socket is there, so that modules a
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 from typing import TYPE_CHECKING, Final, NoReturn, TextIO
@@ -63,7 +62,7 @@ def main() -> NoReturn:
     """Run with the process's arguments; ends it with swtpm's exit statuses."""
     try:
         status = run(sys.argv[1:])
-    except VtpmError as error:
+    except (OSError, VtpmError) as error:
         sys.stderr.write(f"{NAME}: {error}\n")
         status = 1
     sys.stdout.flush()
@@ -130,7 +129,7 @@ def _serve(options: Options) -> int:
     ready = daemonize() if options.daemon else None
     try:
         return _run_tpm(options, ready)
-    except VtpmError as error:
+    except (OSError, VtpmError) as error:
         if ready is not None:
             ready.write(str(error))
             ready.close()
@@ -176,16 +175,17 @@ def _run_tpm(options: Options, ready: TextIO | None) -> int:
         state = NoFiles(options.directory)
     else:
         tpm, fresh = _alone(options, state, log)
-    failure = ""
+    failures: list[str] = []
     try:
-        control = Control(tpm, state, fresh=fresh, blobs=blobs, reject_locality_4=options.reject_locality_4)
+        control = Control(tpm, state, fresh=fresh, blobs=blobs, reject_locality_4=options.reject_locality_4, say=log.line)
         _serve_clients(options, tpm, control, device, pid=pid, log=log, ready=ready)
+        failures.append(control.failure)
     finally:
         tpm.stop()
-        failure = tpm.wait()
-        if failure:
+        failures.append(tpm.wait())
+        for failure in filter(None, failures):
             log.line(failure)
-    return 1 if failure else 0
+    return 1 if any(failures) else 0
 
 
 def _alone(options: Options, state: StateDirectory, log: Log) -> tuple[StandaloneTpm, bytes | None]:
@@ -221,9 +221,7 @@ def _serve_clients(
         if log.fd != 2 and not ready:
             os.dup2(log.fd, 2)
         server.run()
-        if not control.ended:
-            with contextlib.suppress(VtpmError):
-                control.suspend()
+        control.end()
     finally:
         pid.remove()
         server.close()

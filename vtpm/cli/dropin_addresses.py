@@ -137,8 +137,8 @@ def _checked_host(fields: Mapping[str, str]) -> str:
 def _checked_socket(fd: int) -> int:
     try:
         is_socket = stat.S_ISSOCK(os.fstat(fd).st_mode)
-    except OSError:
-        is_socket = False
+    except OSError as error:
+        raise refused(f"Bad file descriptor {fd}: {error.strerror}") from None
     if not is_socket:
-        raise refused(f"Bad file descriptor {fd}: it is no open socket")
+        raise refused(f"Bad file descriptor {fd}: it is no socket")
     return fd

@@ -135,12 +135,18 @@ class PidFile:
         try:
             if self._place is not None:
                 directory, name = self._place
-                self._written = directory.put(name, lambda fd: files.write_all(fd, text), mode=0o640)
+                os.close(directory.put(name, lambda fd: self._fill(fd, text), mode=0o640))
             if self._fd >= 0:
                 files.write_all(self._fd, text)
                 os.close(self._fd)
         except OSError as error:
+            self.remove()
             raise _pid_refused(error) from None
+
+    def _fill(self, fd: int, text: bytes) -> None:
+        files.write_all(fd, text)
+        # Known from now on, also if the last step to make it durable fails.
+        self._written = os.dup(fd)
 
     def remove(self) -> None:
         """Remove it, if it is still the one that was written."""

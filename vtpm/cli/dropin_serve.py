@@ -23,7 +23,7 @@ from vtpm.cli.dropin_fields import refused
 from vtpm.cli.dropin_options import Options
 from vtpm.errors import EngineError
 from vtpm.files import Directory
-from vtpm.tpm.ptm import CODE, ControlReader, Result
+from vtpm.tpm.ptm import CODE, ControlCommand, ControlReader, Result
 
 _CHECK_S: Final = 5.0
 _SEND_TIMEOUT_S: Final = 5.0
@@ -252,7 +252,7 @@ class Server:
         try:
             for command, payload in self._reader.feed(data):
                 try:
-                    self._client.sendall(self._control.answer(command, payload, self._descriptors))
+                    self._client.sendall(self._answer(command, payload))
                 finally:
                     # They belong to the request that they came with.
                     self._drop_descriptors()
@@ -261,6 +261,14 @@ class Server:
         except OSError:
             return False
         return not self._reader.broken
+
+    def _answer(self, command: ControlCommand, payload: bytes) -> bytes:
+        try:
+            return self._control.answer(command, payload, self._descriptors)
+        except EngineError:
+            # The last answer there is: nobody waits for one that never comes.
+            self.end()
+            return CODE.pack(Result.FAIL)
 
     def _drop_descriptors(self) -> None:
         for fd in self._descriptors:

@@ -57,7 +57,7 @@ def main() -> NoReturn:
     """Run with the process's arguments; ends it with swtpm_setup's exit statuses."""
     try:
         status = run(sys.argv[1:])
-    except VtpmError as error:
+    except (OSError, VtpmError) as error:
         sys.stderr.write(f"{error}\n")
         status = 1
     sys.stdout.flush()
