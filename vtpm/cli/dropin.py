@@ -5,6 +5,7 @@ What a caller waits for is the time until the socket is there, so that modules a
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from typing import TYPE_CHECKING, Final, NoReturn, TextIO
@@ -164,7 +165,7 @@ def _run_tpm(options: Options, ready: TextIO | None) -> int:
     key = read_key(options.key)
     blobs = Blobs(key, read_key(options.migration_key, "--migration-key"))
     sandbox.forbid_dumps()
-    state = _state(options, key)
+    state = held = _state(options, key)
     state.lock()
     fresh = None
     tpm: Tpm
@@ -176,16 +177,23 @@ def _run_tpm(options: Options, ready: TextIO | None) -> int:
     else:
         tpm, fresh = _alone(options, state, log)
     failures: list[str] = []
-    try:
+    with contextlib.ExitStack() as ending:
+        ending.callback(held.unlock)
+        ending.callback(_end, tpm, log, failures)
         control = Control(tpm, state, fresh=fresh, blobs=blobs, reject_locality_4=options.reject_locality_4, say=log.line)
-        _serve_clients(options, tpm, control, device, pid=pid, log=log, ready=ready)
-        failures.append(control.failure)
-    finally:
-        tpm.stop()
-        failures.append(tpm.wait())
-        for failure in filter(None, failures):
-            log.line(failure)
-    return 1 if any(failures) else 0
+        _serve_clients(options, tpm, control, device, pid=pid, log=log, ready=ready, ending=ending, failures=failures)
+        if control.failure:
+            failures.append(control.failure)
+            log.line(control.failure)
+    return 1 if failures else 0
+
+
+def _end(tpm: Tpm, log: Log, failures: list[str]) -> None:
+    tpm.stop()
+    failure = tpm.wait()
+    if failure:
+        failures.append(failure)
+        log.line(failure)
 
 
 def _alone(options: Options, state: StateDirectory, log: Log) -> tuple[StandaloneTpm, bytes | None]:
@@ -200,7 +208,16 @@ def _alone(options: Options, state: StateDirectory, log: Log) -> tuple[Standalon
 
 
 def _serve_clients(
-    options: Options, tpm: Tpm, control: Control, device: int, *, pid: PidFile, log: Log, ready: TextIO | None
+    options: Options,
+    tpm: Tpm,
+    control: Control,
+    device: int,
+    *,
+    pid: PidFile,
+    log: Log,
+    ready: TextIO | None,
+    ending: contextlib.ExitStack,
+    failures: list[str],
 ) -> None:
     from vtpm.cli.dropin_serve import Server
 
@@ -212,19 +229,22 @@ def _serve_clients(
         device, said = make_proxy(device)
         sys.stdout.write(said)
         sys.stdout.flush()
-    server = Server(options, tpm, control, device)
-    try:
-        server.listen()
-        pid.write()
-        if ready is not None:
-            detach(ready)
-        if log.fd != 2 and not ready:
-            os.dup2(log.fd, 2)
-        server.run()
-        control.end()
-    finally:
-        pid.remove()
-        server.close()
+
+    def finish() -> bool:
+        ending.close()
+        return not failures
+
+    server = Server(options, tpm, control, device, finish=finish)
+    ending.callback(server.close)
+    ending.callback(pid.remove)
+    server.listen()
+    pid.write()
+    if ready is not None:
+        detach(ready)
+    if log.fd != 2 and not ready:
+        os.dup2(log.fd, 2)
+    server.run()
+    control.end()
 
 
 def _start(options: Options, tpm: Tpm, control: Control) -> None:

@@ -43,6 +43,8 @@ class Address:
     mode: int = 0o770
     uid: int = -1
     gid: int = -1
+    # Of `fd`: clients connect to it. Otherwise it is connected to the only one there will be.
+    listening: bool = False
     disconnect: bool = False
     terminate: bool = False
 
@@ -87,9 +89,16 @@ def _address(what: str, fields: Mapping[str, str]) -> Address:
     address = Address(disconnect="disconnect" in fields, terminate="terminate" in fields)
     # What is open already counts before what would have to be opened.
     if "fd" in fields:
-        return replace(address, fd=_checked_socket(int(fields["fd"])))
+        fd = int(fields["fd"])
+        listening = is_listening(fd)
+        if what == "ctrl" and not listening:
+            raise refused(f"Bad file descriptor {fd}: nobody can connect to it", "give a connected socket as clientfd=")
+        return replace(address, fd=fd, listening=listening)
     if "clientfd" in fields and kind == "unixio":
-        return replace(address, client_fd=_checked_socket(int(fields["clientfd"])))
+        client_fd = int(fields["clientfd"])
+        if is_listening(client_fd):
+            raise refused(f"Bad file descriptor {client_fd}: it is not connected", "give a listening socket as fd=")
+        return replace(address, client_fd=client_fd)
     if kind == "unixio":
         if "path" not in fields:
             raise refused("Missing path and file descriptor option for UnixIO socket")
@@ -134,11 +143,25 @@ def _checked_host(fields: Mapping[str, str]) -> str:
     return f"{plain}%{zone}"
 
 
-def _checked_socket(fd: int) -> int:
+def is_listening(fd: int, kinds: tuple[int, ...] = (socket.SOCK_STREAM,)) -> bool:
+    """Return whether a descriptor is of a socket that listens, or of one that is connected; refuse everything else.
+
+    Raises:
+        InvalidArgumentError: USAGE.
+    """
     try:
-        is_socket = stat.S_ISSOCK(os.fstat(fd).st_mode)
+        if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+            raise refused(f"Bad file descriptor {fd}: it is no socket")
+        with socket.socket(fileno=os.dup(fd)) as given:
+            if given.type not in kinds:
+                raise refused(
+                    f"Bad file descriptor {fd}: it is a socket of another kind, {given.type.name}", "give a stream socket"
+                )
+            if given.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                return True
+            given.getpeername()
     except OSError as error:
-        raise refused(f"Bad file descriptor {fd}: {error.strerror}") from None
-    if not is_socket:
-        raise refused(f"Bad file descriptor {fd}: it is no socket")
-    return fd
+        raise refused(
+            f"Bad file descriptor {fd}: {error.strerror}", "give a stream socket that listens or is connected"
+        ) from None
+    return False

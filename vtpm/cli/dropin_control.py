@@ -189,6 +189,9 @@ class Control:
         if connection.type != socket.SOCK_STREAM:
             connection.close()
             return Result.BAD_PARAMETER
+        if connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            connection.close()
+            return Result.BAD_PARAMETER
         assert self.data is not None
         if self.data.take(connection):
             return Result.SUCCESS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getopt
 import os
+import socket
 import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -65,6 +66,8 @@ _LOG: Final = {
     "prefix": Kind.TEXT,
     "truncate": Kind.FLAG,
 }
+# A device gives whole commands, and so does a socket that keeps them apart.
+_DEVICE_SOCKETS: Final = (socket.SOCK_STREAM, socket.SOCK_SEQPACKET)
 _STATE: Final = {"dir": Kind.TEXT, "mode": Kind.MODE, "backend-uri": Kind.TEXT}
 _LOCALITY: Final = {"reject-locality-4": Kind.FLAG, "allow-set-locality": Kind.FLAG}
 # The order is swtpm's: of several that are set, the first one counts.
@@ -160,7 +163,9 @@ def parse(arguments: Sequence[str], form: str = "socket") -> Options:
         migration_key=_key(given, "migration-key"),
         daemon="--daemon" in given,
         # What is given connected is the only one there will be.
-        terminate="--terminate" in given or form == "chardev" or (server is not None and server.fd >= 0),
+        terminate="--terminate" in given
+        or form == "chardev"
+        or (server is not None and server.fd >= 0 and not server.listening),
         run_as=given.get("--runas", ""),
         reject_locality_4="reject-locality-4" in locality,
         # The kernel says so what locality it works at.
@@ -235,6 +240,9 @@ def _device(given: Mapping[str, str]) -> tuple[str | int | None, bool]:
         kind = os.fstat(fd).st_mode
     except OSError as error:
         raise refused(f"Cannot stat file descriptor {fd}: {error.strerror}") from None
-    if stat.S_ISREG(kind) or stat.S_ISDIR(kind) or stat.S_ISBLK(kind):
-        raise refused(f"Given file descriptor type is not supported: {fd} is a file, a directory or a block device")
+    if not stat.S_ISCHR(kind) and not (stat.S_ISSOCK(kind) and not dropin_addresses.is_listening(fd, _DEVICE_SOCKETS)):
+        raise refused(
+            f"Given file descriptor type is not supported: {fd} is no character device and no connected socket",
+            "give a character device or a connected stream socket",
+        )
     return fd, False

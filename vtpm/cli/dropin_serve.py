@@ -117,8 +117,12 @@ def _bind_port(address: Address) -> socket.socket:
 class Server:
     """Serves until the VM's end, the worker's end or a signal."""
 
-    def __init__(self, options: Options, tpm: Tpm, control: Control, device: int = -1) -> None:
+    def __init__(
+        self, options: Options, tpm: Tpm, control: Control, device: int = -1, *, finish: Callable[[], bool] = lambda: True
+    ) -> None:
         self._options = options
+        # Ends all of the run but this process; False if something could not be kept.
+        self._finish = finish
         # Of the form `chardev`.
         self._device = device
         self._tpm = tpm
@@ -149,7 +153,7 @@ class Server:
         if self._device >= 0:
             self._data.take(socket.socket(fileno=self._device) if is_stream_socket(self._device) else Device(self._device))
         elif self._options.server is not None:
-            if self._options.server.fd >= 0:
+            if self._options.server.fd >= 0 and not self._options.server.listening:
                 self._data.take(socket.socket(fileno=self._options.server.fd))
             else:
                 self._data_listener = Listener(self._options.server)
@@ -264,7 +268,13 @@ class Server:
 
     def _answer(self, command: ControlCommand, payload: bytes) -> bytes:
         try:
-            return self._control.answer(command, payload, self._descriptors)
+            answer = self._control.answer(command, payload, self._descriptors)
+            if command is ControlCommand.SHUTDOWN:
+                # Before the answer: who reads it may start the next one at once, on the same state and with the same files.
+                self.end()
+                if not self._finish():
+                    return CODE.pack(Result.FAIL)
+            return answer
         except EngineError:
             # The last answer there is: nobody waits for one that never comes.
             self.end()
