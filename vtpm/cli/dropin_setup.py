@@ -144,6 +144,12 @@ class _Job:
         needed = self._directory.parent if self._single_file else self._directory
         if not needed.is_dir():
             raise refused(f"Cannot access directory {needed}. Make sure it exists and is a directory.")
+        certificates = Path(given.get("--write-ek-cert-files", needed))
+        if not certificates.is_dir() or not os.access(certificates, os.W_OK | os.X_OK):
+            # Before a TPM is made whose certificates would have no place.
+            raise refused(
+                f"Cannot write to directory {certificates}.", "name one for --write-ek-cert-files that can be written"
+            )
         if "--logfile" in given:
             self._log_fd = open_log(given["--logfile"])
         key = {_KEY_SOURCES[name]: value for name, value in given.items() if name in _KEY_SOURCES}
