@@ -93,9 +93,15 @@ class Directory:
             # A link; a pipe that nobody reads, or a socket.
             told = {errno.ELOOP: _A_LINK, errno.ENXIO: _NO_FILE}.get(error.errno or 0)
             raise OSError(error.errno, told or error.strerror, self.path(name)) from None
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise OSError(errno.EINVAL, _NO_FILE, self.path(name))
+        except BaseException:
             os.close(fd)
-            raise OSError(errno.EINVAL, _NO_FILE, self.path(name))
+            if flags & os.O_EXCL:
+                # It was made just now, and nobody gets it.
+                self.unlink(name)
+            raise
         return fd
 
     def read(self, name: str, limit: int) -> bytes:

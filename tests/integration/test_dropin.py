@@ -209,6 +209,34 @@ def test_a_damaged_state_is_refused_and_left_alone(damage: str, tmp_path: Path) 
     assert (tmp_path / PERMALL).read_bytes() == before
 
 
+# Of a state file: its header, and that of its one record.
+OLDEST = 10 + 6
+
+
+def test_a_state_of_the_oldest_format_is_named_and_its_remedy_helps(tmp_path: Path) -> None:
+    with running(PLAIN, tmp_path, *READY) as tpm:
+        raw.succeed(raw.connect(tpm.data), raw.nv_define(raw.ORDINARY, counter=False))
+        raw.succeed(raw.connect(tpm.data), raw.nv_write(b"the old1"))
+        tpm.ioctl("-v")
+        tpm.shut_down()
+    for name in (VOLATILE, PERMALL):
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(whole[OLDEST:])
+        command = [*COMMANDS[OURS], "socket", "--tpm2", "--tpmstate", f"dir={tmp_path}", "--flags", "not-need-init"]
+        command += ["--ctrl", f"type=unixio,path={tmp_path}/c"]
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        assert ran.returncode == 1
+        assert "oldest format" in ran.stderr
+        assert "let swtpm write it anew" in ran.stderr
+        assert (tmp_path / name).read_bytes() == whole[OLDEST:]
+    (tmp_path / VOLATILE).unlink()
+    # What the remedy says.
+    with running(PLAIN, tmp_path, "--flags", "startup-clear") as tpm:
+        tpm.shut_down()
+    with running(OURS, tmp_path, *READY) as tpm:
+        assert raw.nv_value(raw.succeed(raw.connect(tpm.data), raw.nv_read(raw.ORDINARY))) == b"the old1"
+
+
 @BOTH
 def test_localities(program: str, tmp_path: Path) -> None:
     with running(program, tmp_path, *READY, "--locality", "reject-locality-4,allow-set-locality") as tpm:

@@ -196,3 +196,17 @@ def test_capabilities() -> None:
     ours, plain = tell(OURS), tell(PLAIN)
     assert ours.keys() == plain.keys()
     assert set(ours["features"]) < set(plain["features"])
+
+
+@pytest.mark.parametrize("place", ["none", "file"])
+def test_a_directory_for_certificates_that_is_not_there_is_refused_before_the_work(place: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    state = tmp_path / "state"
+    state.mkdir()
+    command = [sys.executable, "-m", "vtpm.cli.dropin_setup", "--tpm2", "--tpmstate", str(state), "--create-ek-cert"]
+    command += ["--write-ek-cert-files", str(tmp_path / place)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ran.returncode == 1
+    assert f"Cannot write to directory {tmp_path / place}." in ran.stderr
+    assert "Starting vTPM" not in ran.stdout + ran.stderr
+    assert not list(state.iterdir())

@@ -11,8 +11,9 @@ import sys
 from typing import TYPE_CHECKING, Final, NoReturn, TextIO
 
 from vtpm import __version__
-from vtpm.cli.dropin_options import Options, parse, refused
-from vtpm.cli.dropin_process import NAME, Log, daemonize, detach, run_as, written_pid
+from vtpm.cli.dropin_fields import refused
+from vtpm.cli.dropin_options import Options, parse
+from vtpm.cli.dropin_process import NAME, Log, PidFile, daemonize, detach, run_as
 from vtpm.errors import VtpmError
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def main() -> NoReturn:
     """Run with the process's arguments; ends it with swtpm's exit statuses."""
     try:
         status = run(sys.argv[1:])
-    except VtpmError as error:
+    except (OSError, VtpmError) as error:
         sys.stderr.write(f"{NAME}: {error}\n")
         status = 1
     sys.stdout.flush()
@@ -130,7 +131,7 @@ def _serve(options: Options) -> int:
     ready = daemonize() if options.daemon else None
     try:
         return _run_tpm(options, ready)
-    except VtpmError as error:
+    except (OSError, VtpmError) as error:
         if ready is not None:
             ready.write(str(error))
             ready.close()
@@ -155,6 +156,7 @@ def _run_tpm(options: Options, ready: TextIO | None) -> int:
         load_ciphers()
         run_as(options.run_as)
     log = Log(options, quiet=options.daemon)
+    pid = PidFile(options)
 
     device = -1
     if options.proxy or options.device is not None:
@@ -164,7 +166,7 @@ def _run_tpm(options: Options, ready: TextIO | None) -> int:
     key = read_key(options.key)
     blobs = Blobs(key, read_key(options.migration_key, "--migration-key"))
     sandbox.forbid_dumps()
-    state = _state(options, key)
+    state = held = _state(options, key)
     state.lock()
     fresh = None
     tpm: Tpm
@@ -177,16 +179,24 @@ def _run_tpm(options: Options, ready: TextIO | None) -> int:
         state = NoFiles(options.directory)
     else:
         tpm, fresh = _alone(options, state, log)
-    failure = ""
-    try:
-        control = Control(tpm, state, fresh=fresh, blobs=blobs, reject_locality_4=options.reject_locality_4)
-        _serve_clients(options, tpm, control, device, log=log, ready=ready)
-    finally:
-        tpm.stop()
-        failure = tpm.wait()
-        if failure:
-            log.line(failure)
-    return 1 if failure else 0
+    failures: list[str] = []
+    with contextlib.ExitStack() as ending:
+        ending.callback(held.unlock)
+        ending.callback(_end, tpm, log, failures)
+        control = Control(tpm, state, fresh=fresh, blobs=blobs, reject_locality_4=options.reject_locality_4, say=log.line)
+        _serve_clients(options, tpm, control, device, pid=pid, log=log, ready=ready, ending=ending, failures=failures)
+        if control.failure:
+            failures.append(control.failure)
+            log.line(control.failure)
+    return 1 if failures else 0
+
+
+def _end(tpm: Tpm, log: Log, failures: list[str]) -> None:
+    tpm.stop()
+    failure = tpm.wait()
+    if failure:
+        failures.append(failure)
+        log.line(failure)
 
 
 def _alone(options: Options, state: StateDirectory, log: Log) -> tuple[StandaloneTpm, bytes | None]:
@@ -200,7 +210,18 @@ def _alone(options: Options, state: StateDirectory, log: Log) -> tuple[Standalon
     return tpm, fresh
 
 
-def _serve_clients(options: Options, tpm: Tpm, control: Control, device: int, *, log: Log, ready: TextIO | None) -> None:
+def _serve_clients(
+    options: Options,
+    tpm: Tpm,
+    control: Control,
+    device: int,
+    *,
+    pid: PidFile,
+    log: Log,
+    ready: TextIO | None,
+    ending: contextlib.ExitStack,
+    failures: list[str],
+) -> None:
     from vtpm.cli.dropin_serve import Server
 
     if not options.need_init:
@@ -211,20 +232,22 @@ def _serve_clients(options: Options, tpm: Tpm, control: Control, device: int, *,
         device, said = make_proxy(device)
         sys.stdout.write(said)
         sys.stdout.flush()
-    server = Server(options, tpm, control, device)
-    try:
-        server.listen()
-        with written_pid(options):
-            if ready is not None:
-                detach(ready)
-            if log.fd != 2 and not ready:
-                os.dup2(log.fd, 2)
-            server.run()
-            if not control.ended:
-                with contextlib.suppress(VtpmError):
-                    control.suspend()
-    finally:
-        server.close()
+
+    def finish() -> bool:
+        ending.close()
+        return not failures
+
+    server = Server(options, tpm, control, device, finish=finish)
+    ending.callback(server.close)
+    ending.callback(pid.remove)
+    server.listen()
+    pid.write()
+    if ready is not None:
+        detach(ready)
+    if log.fd != 2 and not ready:
+        os.dup2(log.fd, 2)
+    server.run()
+    control.end()
 
 
 def _start(options: Options, tpm: Tpm, control: Control) -> None:

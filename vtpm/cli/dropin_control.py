@@ -6,6 +6,7 @@ import os
 import socket
 import stat
 import struct
+from collections.abc import Callable
 from typing import Final, Protocol
 
 from vtpm.cli.dropin_blobs import Blobs
@@ -77,6 +78,7 @@ class Control:
         fresh: bytes | None,
         blobs: Blobs,
         reject_locality_4: bool,
+        say: Callable[[str], None],
     ) -> None:
         self._tpm = tpm
         self._state = state
@@ -84,11 +86,14 @@ class Control:
         self._fresh = fresh
         self._blobs = blobs
         self._reject_locality_4 = reject_locality_4
+        self._say = say
         self._worker = tpm.connect()
         self._suspended = False
         # Whether the last INIT has resumed a TPM that was suspended; whether it was the start's own, with nothing said since.
         self._resumed = self._going_on = False
         self.ended = False
+        # Why the end was none in order.
+        self.failure = ""
         self.data: Data | None = None
 
     # ---- the worker ------------------------------------------------------------------------------------------------------
@@ -132,18 +137,29 @@ class Control:
             return False
         return self._forward(ControlCommand.SET_LOCALITY, bytes((locality,))) == CODE.pack(Result.SUCCESS)
 
-    def _volatile(self) -> bytes | None:
+    def _volatile(self) -> bytes:
         answer = self._forward(ControlCommand.GET_STATEBLOB, struct.pack(">III", _GET_DECRYPTED, BlobType.VOLATILE, 0))
-        return state_of(answer[16:]) if answer.startswith(CODE.pack(Result.SUCCESS)) else None
+        if not answer.startswith(CODE.pack(Result.SUCCESS)):
+            raise EngineError("VOLATILE_NOT_GIVEN", "the TPM does not give its volatile state", remedy="power it on again")
+        return state_of(answer[16:])
 
     # ---- requests --------------------------------------------------------------------------------------------------------
 
     def answer(self, command: ControlCommand, payload: bytes, fds: list[int]) -> bytes:
-        """Return the answer to a request.
+        """Return the answer to a request. What could not be done is answered with TPM_FAIL, and the log says why.
 
         Raises:
-            EngineError: the worker is gone.
+            EngineError: WORKER_GONE.
         """
+        try:
+            return self._answer(command, payload, fds)
+        except (OSError, VtpmError) as error:
+            if isinstance(error, VtpmError) and error.reason == "WORKER_GONE":
+                raise
+            self._say(f"{command.name}: {error}")
+            return CODE.pack(Result.FAIL)
+
+    def _answer(self, command: ControlCommand, payload: bytes, fds: list[int]) -> bytes:
         match command:
             case ControlCommand.GET_CONFIG:
                 return struct.pack(">II", Result.SUCCESS, self._blobs.config)
@@ -160,9 +176,9 @@ class Control:
             case ControlCommand.SET_STATEBLOB:
                 return self._blobs.set(payload, lambda request: self._forward(command, request))
             case ControlCommand.SHUTDOWN:
-                self.suspend()
-                self.ended = True
-                return self._forward(command)
+                self.end()
+                answer = self._forward(command)
+                return CODE.pack(Result.FAIL) if self.failure else answer
             case _:
                 return self._forward(command, payload)
 
@@ -171,6 +187,9 @@ class Control:
             return Result.BAD_PARAMETER
         connection = socket.socket(fileno=os.dup(fds[0]))
         if connection.type != socket.SOCK_STREAM:
+            connection.close()
+            return Result.BAD_PARAMETER
+        if connection.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             connection.close()
             return Result.BAD_PARAMETER
         assert self.data is not None
@@ -202,8 +221,9 @@ class Control:
             # Whatever the request's flags say: they are about the file, which is gone in any case. A TPM that was suspended
             # goes on, as with swtpm, whose `swtpm_ioctl -i` sets the flag always.
             volatile = self._state.read_volatile()
-        except VtpmError:
+        except VtpmError as error:
             # Closed on doubt (invariant 7): a damaged volatile state must not become a fresh start.
+            self._say(f"INIT: {error}")
             return CODE.pack(Result.FAIL)
         self._resumed = volatile is not None
         if volatile is not None:
@@ -218,25 +238,43 @@ class Control:
             # No command has run on it.
             self._state.write_volatile(volatile)
         if answer == CODE.pack(Result.SUCCESS) and self._fresh is not None:
-            self._state.write_first(self._fresh)
+            self._keep_first(self._fresh)
             self._fresh = None
         return answer
+
+    def _keep_first(self, state: bytes) -> None:
+        try:
+            self._state.write_first(state)
+        except VtpmError:
+            # A TPM that is in no file must not be used: it would be another one at the next start.
+            self._forward(ControlCommand.STOP)
+            raise
 
     def _store_volatile(self) -> bytes:
         answer = self._forward(ControlCommand.STORE_VOLATILE)
         if answer == CODE.pack(Result.SUCCESS):
+            # Who asks for it learns now that it can't be written, and not when nobody can do anything any more.
+            self._state.rehearse_volatile(self._volatile)
             self._suspended = True
             self._tpm.commands_since()
         return answer
 
-    def suspend(self) -> None:
+    def end(self) -> None:
+        """End the run in order; `failure` says what could not be kept."""
+        if self.ended:
+            return
+        self.ended = True
+        try:
+            self._suspend()
+        except VtpmError as error:
+            self.failure = f"the suspended TPM could not be kept: {error}"
+
+    def _suspend(self) -> None:
         """Before an orderly end: keep the volatile state if STORE_VOLATILE was said and no command came after it.
 
         Not at STORE_VOLATILE itself: were this process killed later, an old state would come back (invariant 2).
         """
         if self._suspended and not self._tpm.commands_since():
-            volatile = self._volatile()
-            if volatile is not None:
-                self._state.write_volatile(volatile)
-                # It goes on from there: without power now, it is not shut down at the end, which the file would not know.
-                self._forward(ControlCommand.STOP)
+            self._state.write_volatile(self._volatile())
+            # It goes on from there: without power now, it is not shut down at the end, which the file would not know.
+            self._forward(ControlCommand.STOP)

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 from urllib.parse import quote
@@ -119,6 +120,9 @@ class NoFiles(StateDirectory):
         return None
 
     def drop_volatile(self) -> None:
+        """See StateDirectory."""
+
+    def rehearse_volatile(self, volatile: Callable[[], bytes]) -> None:
         """See StateDirectory."""
 
     def write(self, state: bytes) -> None:

@@ -12,7 +12,8 @@ import struct
 from pathlib import Path
 from typing import Final
 
-from vtpm.cli.dropin_options import Options, refused
+from vtpm.cli.dropin_fields import refused
+from vtpm.cli.dropin_options import Options
 
 VTPMX: Final = Path("/dev/vtpmx")
 # <linux/vtpm_proxy.h>: flags, number of the TPM, descriptor, major, minor.

@@ -63,14 +63,9 @@ class StateFile(StateDirectory):
                 ) from None
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except OSError as error:
                 os.close(file)
-                raise FailedPreconditionError(
-                    "SWTPM_RUNNING",
-                    "Could not lock access to the state file: another TPM is running on it",
-                    subject=str(self._directory),
-                    remedy="end it first",
-                ) from None
+                raise self._locked(error) from None
             there = self._held().status(self._name)
             if there is not None and os.path.samestat(os.fstat(file), there):
                 self._lock_fd = file
@@ -79,8 +74,7 @@ class StateFile(StateDirectory):
             os.close(file)
         raise FailedPreconditionError("SWTPM_RUNNING", "another TPM is running on it", subject=str(self._directory))
 
-    def drop_volatile(self) -> None:
-        """See StateDirectory."""
+    def _drop_volatile(self) -> None:
         sections = self._sections()
         if sections.pop(_NUMBERS[VOLATILE], None) is not None:
             self._replace(sections)
@@ -96,13 +90,15 @@ class StateFile(StateDirectory):
     def _load(self, name: str) -> bytes | None:
         return self._sections().get(_NUMBERS[name])
 
-    def _store(self, name: str, data: bytes) -> None:
+    def _store(self, name: str, data: bytes, *, rehearsal: bool) -> None:
         sections = self._sections()
         sections[_NUMBERS[name]] = data
-        self._replace(sections)
+        self._replace(sections, rehearsal=rehearsal)
 
-    def _replace(self, sections: dict[int, bytes]) -> None:
-        file = replace(self._held(), self._name, _build(sections), self._mode, lock=True)
+    def _replace(self, sections: dict[int, bytes], *, rehearsal: bool = False) -> None:
+        file = replace(self._held(), self._name, _build(sections), self._mode, lock=True, rehearsal=rehearsal)
+        if file < 0:
+            return
         # Only now: the lock on the old file kept others from beginning on it.
         os.close(self._lock_fd)
         self._lock_fd = file

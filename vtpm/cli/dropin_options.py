@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import getopt
 import os
+import socket
 import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from vtpm.errors import InvalidArgumentError
+from vtpm.cli import dropin_addresses
+from vtpm.cli.dropin_addresses import Address
+from vtpm.cli.dropin_fields import Kind, any_number, parse_fields, refused
 
 _BOTH: Final = [
     "daemon",
@@ -44,30 +47,32 @@ _SAME: Final = {
     "-r": "--runas",
     "-c": "--chardev",
 }
-_KEY: Final = ("file", "fd", "pwdfile", "pwdfd", "mode", "format", "remove", "kdf")
-_ADDRESS: Final = ["type", "path", "port", "bindaddr", "ifname", "fd", "clientfd", "mode", "uid", "gid"]
-_STARTUPS: Final = ("startup-clear", "startup-state", "startup-none", "startup-deactivated")
-
-
-def refused(message: str, remedy: str = "") -> InvalidArgumentError:
-    """Return the error of a command line that is not taken."""
-    return InvalidArgumentError("USAGE", message, remedy=remedy)
-
-
-@dataclass(frozen=True, slots=True)
-class Address:
-    """Where to listen, or a socket that is there already: `fd` and `client_fd`."""
-
-    path: str = ""
-    host: str = "127.0.0.1"
-    port: int = -1
-    fd: int = -1
-    client_fd: int = -1
-    mode: int = 0o770
-    uid: int = -1
-    gid: int = -1
-    disconnect: bool = False
-    terminate: bool = False
+_KEY: Final = {
+    "file": Kind.TEXT,
+    "fd": Kind.NUMBER,
+    "pwdfile": Kind.TEXT,
+    "pwdfd": Kind.NUMBER,
+    "mode": Kind.TEXT,
+    "format": Kind.TEXT,
+    "remove": Kind.FLAG,
+    "kdf": Kind.TEXT,
+}
+_KEY_SOURCES: Final = ("file", "fd", "pwdfile", "pwdfd")
+_PID: Final = {"file": Kind.TEXT, "fd": Kind.NUMBER}
+_LOG: Final = {
+    "file": Kind.TEXT,
+    "fd": Kind.NUMBER,
+    "level": Kind.NUMBER,
+    "prefix": Kind.TEXT,
+    "truncate": Kind.FLAG,
+}
+# A device gives whole commands, and so does a socket that keeps them apart.
+_DEVICE_SOCKETS: Final = (socket.SOCK_STREAM, socket.SOCK_SEQPACKET)
+_STATE: Final = {"dir": Kind.TEXT, "mode": Kind.MODE, "backend-uri": Kind.TEXT}
+_LOCALITY: Final = {"reject-locality-4": Kind.FLAG, "allow-set-locality": Kind.FLAG}
+# The order is swtpm's: of several that are set, the first one counts.
+_STARTUPS: Final = ("startup-clear", "startup-state", "startup-deactivated", "startup-none")
+_FLAGS: Final = dict.fromkeys(("not-need-init", "disable-auto-shutdown", *_STARTUPS), Kind.FLAG)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,25 +128,25 @@ def parse(arguments: Sequence[str], form: str = "socket") -> Options:
             return Options(action=action)
     if "--tpm2" not in given:
         raise refused("a TPM 1.2 was asked for; only TPM 2.0 is emulated", "give --tpm2")
-    flags = _fields("flags", given.get("--flags", ""), (), ("not-need-init", "disable-auto-shutdown", *_STARTUPS))
-    if "startup-deactivated" in flags:
+    flags = parse_fields("flags", given.get("--flags", ""), _FLAGS)
+    startup = next((name for name in _STARTUPS if name in flags), "")
+    if startup == "startup-deactivated":
         raise refused("TPM 2 does not support startup deactivated.")
-    startups = [name for name in flags if name in _STARTUPS]
-    seccomp = _fields("seccomp", given.get("--seccomp", ""), ("action",)).get("action", "kill")
+    seccomp = parse_fields("seccomp", given.get("--seccomp", ""), {"action": Kind.TEXT}).get("action", "kill")
     if seccomp not in ("kill", "none"):
         raise refused(f"the seccomp action '{seccomp}' is not supported", "give action=kill or action=none")
-    locality = _fields("locality", given.get("--locality", ""), (), ("reject-locality-4", "allow-set-locality"))
+    locality = parse_fields("locality", given.get("--locality", ""), _LOCALITY)
     place, single_file, state_mode = _state(given.get("--tpmstate"))
     if "--print-states" in given:
         return Options(action="--print-states", directory=place, single_file=single_file)
-    pid = _fields("pid", given.get("--pid", ""), ("file", "fd"))
-    control = _control(given)
+    pid = _pid(given)
+    control = dropin_addresses.control(given)
     device, proxy = _device(given) if form == "chardev" else (None, False)
-    server = _server(given) if form == "socket" else None
+    server = dropin_addresses.server(given) if form == "socket" else None
     if form == "socket" and server is None and control is None:
         raise refused("nothing to serve", "give --server or --ctrl")
     # The kernel begins to talk at once.
-    startups = startups or (["startup-clear"] if proxy else [])
+    startup = startup or ("startup-clear" if proxy else "startup-none")
     return Options(
         directory=place,
         single_file=single_file,
@@ -150,17 +155,20 @@ def parse(arguments: Sequence[str], form: str = "socket") -> Options:
         proxy=proxy,
         server=server,
         control=control,
-        need_init="not-need-init" not in flags and not proxy and not any(name != "startup-none" for name in startups),
-        startup=startups[-1] if startups else "startup-none",
+        need_init="not-need-init" not in flags and not proxy and startup == "startup-none",
+        startup=startup,
         auto_shutdown="disable-auto-shutdown" not in flags,
         pid_file=str(Path(pid["file"]).absolute()) if "file" in pid else "",
-        pid_fd=_number("pid", pid, "fd"),
-        log=_fields("logging", given.get("--log", ""), ("file", "fd", "level", "prefix"), ("truncate",)),
-        key=_fields("key", given.get("--key", ""), _KEY),
-        migration_key=_fields("migration-key", given.get("--migration-key", ""), _KEY),
+        # The file is the one that counts.
+        pid_fd=int(pid.get("fd", -1)) if "file" not in pid else -1,
+        log=parse_fields("logging", given.get("--log", ""), _LOG),
+        key=_key(given, "key"),
+        migration_key=_key(given, "migration-key"),
         daemon="--daemon" in given,
         # What is given connected is the only one there will be.
-        terminate="--terminate" in given or form == "chardev" or (server is not None and server.fd >= 0),
+        terminate="--terminate" in given
+        or form == "chardev"
+        or (server is not None and server.fd >= 0 and not server.listening),
         run_as=given.get("--runas", ""),
         reject_locality_4="reject-locality-4" in locality,
         # The kernel says so what locality it works at.
@@ -169,27 +177,23 @@ def parse(arguments: Sequence[str], form: str = "socket") -> Options:
     )
 
 
-def _fields(what: str, text: str, names: Sequence[str], flags: Sequence[str] = ()) -> dict[str, str]:
-    """Split `a=b,c` and check the names."""
-    found: dict[str, str] = {}
-    for part in filter(None, text.split(",")):
-        name, equals, value = part.partition("=")
-        if name not in (names if equals else flags):
-            raise refused(f"Error parsing {what} options: Unknown option '{part}'")
-        found[name] = value
-    return found
+def _pid(given: Mapping[str, str]) -> dict[str, str]:
+    if "--pid" not in given:
+        return {}
+    pid = parse_fields("pid", given["--pid"], _PID)
+    if not pid:
+        raise refused("The file or fd parameter is required for the pid option.")
+    return pid
 
 
-def _number(what: str, fields: Mapping[str, str], name: str, base: int = 10, default: int = -1) -> int:
-    if name not in fields:
-        return default
-    try:
-        value = int(fields[name], base)
-    except ValueError:
-        value = -1
-    if value < 0:
-        raise refused(f"Error parsing {what} options: '{fields[name]}' is no value of {name}")
-    return value
+def _key(given: Mapping[str, str], what: str) -> dict[str, str]:
+    if f"--{what}" not in given:
+        return {}
+    fields = parse_fields(what, given[f"--{what}"], _KEY)
+    if len([name for name in _KEY_SOURCES if name in fields]) != 1:
+        # Without one, or with one too many, the state would be encrypted with another key than the caller believes.
+        raise refused(f"Exactly one of file=, fd=, pwdfile=, and pwdfd= is required for the {what} option")
+    return fields
 
 
 def _state(text: str | None) -> tuple[Path, bool, int]:
@@ -198,9 +202,9 @@ def _state(text: str | None) -> tuple[Path, bool, int]:
         if "TPM_PATH" not in os.environ:
             raise refused("the directory of the TPM's state is not given", "give --tpmstate dir=…")
         return Path(os.environ["TPM_PATH"]), False, 0o640
-    fields = _fields("tpmstate", text, ("dir", "mode", "backend-uri"))
-    mode = _number("tpmstate", fields, "mode", 8, 0o640)
-    if "backend-uri" not in fields:
+    fields = parse_fields("tpmstate", text, _STATE)
+    mode = int(fields.get("mode", "640"), 8)
+    if "dir" in fields or "backend-uri" not in fields:
         place, single_file = fields.get("dir", ""), False
     else:
         place, single_file = state_place(fields["backend-uri"])
@@ -232,68 +236,16 @@ def _device(given: Mapping[str, str]) -> tuple[str | int | None, bool]:
         return str(Path(given["--chardev"]).absolute()), False
     if "--fd" not in given:
         raise refused("Error: Missing character device or file descriptor", "give --chardev, --fd or --vtpm-proxy")
-    fd = _number("fd", given, "--fd")
+    fd = any_number("the file descriptor", given["--fd"])
     if fd < 3:
         raise refused("Error: Cannot accept file descriptors with values 0, 1, or 2")
     try:
         kind = os.fstat(fd).st_mode
     except OSError as error:
         raise refused(f"Cannot stat file descriptor {fd}: {error.strerror}") from None
-    if stat.S_ISREG(kind) or stat.S_ISDIR(kind) or stat.S_ISBLK(kind):
-        raise refused(f"Given file descriptor type is not supported: {fd} is a file, a directory or a block device")
+    if not stat.S_ISCHR(kind) and not (stat.S_ISSOCK(kind) and not dropin_addresses.is_listening(fd, _DEVICE_SOCKETS)):
+        raise refused(
+            f"Given file descriptor type is not supported: {fd} is no character device and no connected socket",
+            "give a character device or a connected stream socket",
+        )
     return fd, False
-
-
-def _server(given: Mapping[str, str]) -> Address | None:
-    if "--server" in given:
-        return _address("server", _fields("server", given["--server"], _ADDRESS, ("disconnect",)))
-    if "--fd" in given:
-        return _address("server", {"fd": given["--fd"]})
-    if "--port" in given:
-        return _address("server", {"type": "tcp", "port": given["--port"]})
-    return None
-
-
-def _control(given: Mapping[str, str]) -> Address | None:
-    if "--ctrl" not in given:
-        return None
-    return _address("ctrl", _fields("ctrl", given["--ctrl"], _ADDRESS, ("terminate",)))
-
-
-def _address(what: str, fields: Mapping[str, str]) -> Address:
-    kind = fields.get("type", "" if what == "ctrl" else "tcp")
-    if kind not in ("unixio", "tcp"):
-        raise refused(f"Unsupport socket type: {kind}", "give type=unixio or type=tcp")
-    if "ifname" in fields:
-        raise refused("ifname= is not supported", "give a link-local address as bindaddr=fe80::1%eth0")
-    address = Address(
-        path=str(Path(fields["path"]).absolute()) if "path" in fields else "",
-        host=fields.get("bindaddr", "127.0.0.1"),
-        port=_number(what, fields, "port"),
-        fd=_number(what, fields, "fd"),
-        client_fd=_number(what, fields, "clientfd"),
-        mode=_number(what, fields, "mode", 8, 0o770),
-        uid=_number(what, fields, "uid"),
-        gid=_number(what, fields, "gid"),
-        disconnect="disconnect" in fields,
-        terminate="terminate" in fields,
-    )
-    given = [name for name in ("fd", "clientfd") if name in fields]
-    for name in given:
-        _check_socket(_number(what, fields, name))
-    if len(given) > 1 or (what == "server" and "clientfd" in fields):
-        raise refused("clientfd is only for --ctrl, and not together with fd")
-    if not given and kind == "unixio" and not address.path:
-        raise refused("Missing path and file descriptor option for UnixIO socket")
-    if not given and kind == "tcp" and not 0 < address.port < 1 << 16:
-        raise refused("Missing port and file descriptor option for TCP socket")
-    return address
-
-
-def _check_socket(fd: int) -> None:
-    try:
-        is_socket = stat.S_ISSOCK(os.fstat(fd).st_mode)
-    except OSError:
-        is_socket = False
-    if not is_socket:
-        raise refused(f"Bad file descriptor {fd}: it is no open socket")

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, TextIO
 
 from vtpm import files
-from vtpm.cli.dropin_options import Options, refused
+from vtpm.cli.dropin_fields import refused
+from vtpm.cli.dropin_options import Options
+from vtpm.errors import InvalidArgumentError
 from vtpm.files import Directory
 
 NAME: Final = "swtpm"
@@ -29,13 +31,11 @@ class Log:
         elif "file" in fields:
             self.fd = open_log(fields["file"], truncate="truncate" in fields)
         elif "fd" in fields:
+            self.fd = int(fields["fd"])
             try:
-                self.fd = int(fields["fd"])
                 os.fstat(self.fd)
-            except (ValueError, OSError):
+            except OSError:
                 raise refused(f"Error parsing logging options: bad file descriptor '{fields['fd']}'") from None
-        if fields and not fields.get("level", "1").isdecimal():
-            raise refused("Error parsing logging options: the level is no number")
         if int(fields.get("level", "1")) >= 5:
             self.line("level: what libtpms and the channels do is not logged; only events are")
 
@@ -110,23 +110,52 @@ def run_as(user: str) -> None:
         raise refused(f"Could not become user '{user}': {error.strerror}") from None
 
 
-@contextlib.contextmanager
-def written_pid(options: Options) -> Iterator[None]:
-    """Write the PID where it is asked for; at the end the file is removed, if it is still the one that was written."""
-    text = str(os.getpid()).encode()
-    place: tuple[Directory, str, int] | None = None
-    try:
-        if options.pid_file:
-            directory, name = files.parent_of(Path(options.pid_file))
-            place = directory, name, directory.put(name, lambda fd: files.write_all(fd, text), mode=0o640)
-        if options.pid_fd >= 0:
-            os.write(options.pid_fd, text)
-            os.close(options.pid_fd)
-    except OSError as error:
-        raise refused(f"Could not write the PID file: {error.strerror}") from None
-    try:
-        yield
-    finally:
-        if place is not None:
+class PidFile:
+    """Where the PID is asked for: looked for at the start, written when the TPM can be used, removed at the end.
+
+    Raises:
+        InvalidArgumentError: USAGE.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self._fd = options.pid_fd
+        self._place: tuple[Directory, str] | None = None
+        try:
+            if options.pid_file:
+                self._place = files.parent_of(Path(options.pid_file))
+            if self._fd >= 0 and not stat.S_ISREG(os.fstat(self._fd).st_mode):
+                raise OSError(errno.EINVAL, f"descriptor {self._fd} is of no regular file")
+        except OSError as error:
+            raise _pid_refused(error) from None
+        self._written = -1
+
+    def write(self) -> None:
+        """Write it, in the place of an older one."""
+        text = str(os.getpid()).encode()
+        try:
+            if self._place is not None:
+                directory, name = self._place
+                os.close(directory.put(name, lambda fd: self._fill(fd, text), mode=0o640))
+            if self._fd >= 0:
+                files.write_all(self._fd, text)
+                os.close(self._fd)
+        except OSError as error:
+            self.remove()
+            raise _pid_refused(error) from None
+
+    def _fill(self, fd: int, text: bytes) -> None:
+        files.write_all(fd, text)
+        # Known from now on, also if the last step to make it durable fails.
+        self._written = os.dup(fd)
+
+    def remove(self) -> None:
+        """Remove it, if it is still the one that was written."""
+        if self._written >= 0 and self._place is not None:
+            directory, name = self._place
             with contextlib.suppress(OSError):
-                place[0].remove(place[1], place[2])
+                directory.remove(name, self._written)
+            self._written = -1
+
+
+def _pid_refused(error: OSError) -> InvalidArgumentError:
+    return refused(f"Could not write the PID file: {error.strerror}", "give --pid a file that can be written")

@@ -15,19 +15,19 @@ from pathlib import Path
 from typing import Final
 
 from vtpm import files
+from vtpm.cli.dropin_addresses import Address
 from vtpm.cli.dropin_control import Control, Tpm
 from vtpm.cli.dropin_data import DataChannel, RelayedData
 from vtpm.cli.dropin_device import Device, is_stream_socket
-from vtpm.cli.dropin_options import Address, Options, refused
+from vtpm.cli.dropin_fields import refused
+from vtpm.cli.dropin_options import Options
 from vtpm.errors import EngineError
 from vtpm.files import Directory
-from vtpm.tpm.ptm import CODE, ControlReader, Result
+from vtpm.tpm.ptm import CODE, ControlCommand, ControlReader, Result
 
 _CHECK_S: Final = 5.0
 _SEND_TIMEOUT_S: Final = 5.0
 _MAX_DESCRIPTORS: Final = 4
-# Of sun_path (unix(7)).
-_MAX_PATH: Final = 107
 
 
 class Listener:
@@ -69,8 +69,6 @@ class Listener:
 
 def _bind_path(address: Address) -> tuple[socket.socket, tuple[Directory, str, int]]:
     """Bind, set mode and owner and listen before the name is there: whoever waits for it can connect at once."""
-    if len(os.fsencode(address.path)) > _MAX_PATH:
-        raise refused(f"Could not open UnixIO socket {address.path}: a path that clients can use has {_MAX_PATH} bytes at most")
     try:
         path = Path(address.path)
         directory, name = files.open_directory(path.parent), path.name
@@ -119,8 +117,12 @@ def _bind_port(address: Address) -> socket.socket:
 class Server:
     """Serves until the VM's end, the worker's end or a signal."""
 
-    def __init__(self, options: Options, tpm: Tpm, control: Control, device: int = -1) -> None:
+    def __init__(
+        self, options: Options, tpm: Tpm, control: Control, device: int = -1, *, finish: Callable[[], bool] = lambda: True
+    ) -> None:
         self._options = options
+        # Ends all of the run but this process; False if something could not be kept.
+        self._finish = finish
         # Of the form `chardev`.
         self._device = device
         self._tpm = tpm
@@ -151,7 +153,7 @@ class Server:
         if self._device >= 0:
             self._data.take(socket.socket(fileno=self._device) if is_stream_socket(self._device) else Device(self._device))
         elif self._options.server is not None:
-            if self._options.server.fd >= 0:
+            if self._options.server.fd >= 0 and not self._options.server.listening:
                 self._data.take(socket.socket(fileno=self._options.server.fd))
             else:
                 self._data_listener = Listener(self._options.server)
@@ -254,7 +256,7 @@ class Server:
         try:
             for command, payload in self._reader.feed(data):
                 try:
-                    self._client.sendall(self._control.answer(command, payload, self._descriptors))
+                    self._client.sendall(self._answer(command, payload))
                 finally:
                     # They belong to the request that they came with.
                     self._drop_descriptors()
@@ -263,6 +265,20 @@ class Server:
         except OSError:
             return False
         return not self._reader.broken
+
+    def _answer(self, command: ControlCommand, payload: bytes) -> bytes:
+        try:
+            answer = self._control.answer(command, payload, self._descriptors)
+            if command is ControlCommand.SHUTDOWN:
+                # Before the answer: who reads it may start the next one at once, on the same state and with the same files.
+                self.end()
+                if not self._finish():
+                    return CODE.pack(Result.FAIL)
+            return answer
+        except EngineError:
+            # The last answer there is: nobody waits for one that never comes.
+            self.end()
+            return CODE.pack(Result.FAIL)
 
     def _drop_descriptors(self) -> None:
         for fd in self._descriptors:

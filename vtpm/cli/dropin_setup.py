@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from vtpm import __version__, files
-from vtpm.cli.dropin_options import refused, state_place
+from vtpm.cli.dropin_fields import refused
+from vtpm.cli.dropin_options import state_place
 from vtpm.errors import VtpmError
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def main() -> NoReturn:
     """Run with the process's arguments; ends it with swtpm_setup's exit statuses."""
     try:
         status = run(sys.argv[1:])
-    except VtpmError as error:
+    except (OSError, VtpmError) as error:
         sys.stderr.write(f"{error}\n")
         status = 1
     sys.stdout.flush()
@@ -143,6 +144,12 @@ class _Job:
         needed = self._directory.parent if self._single_file else self._directory
         if not needed.is_dir():
             raise refused(f"Cannot access directory {needed}. Make sure it exists and is a directory.")
+        certificates = Path(given.get("--write-ek-cert-files", needed))
+        if not certificates.is_dir() or not os.access(certificates, os.W_OK | os.X_OK):
+            # Before a TPM is made whose certificates would have no place.
+            raise refused(
+                f"Cannot write to directory {certificates}.", "name one for --write-ek-cert-files that can be written"
+            )
         if "--logfile" in given:
             self._log_fd = open_log(given["--logfile"])
         key = {_KEY_SOURCES[name]: value for name, value in given.items() if name in _KEY_SOURCES}

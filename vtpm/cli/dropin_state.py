@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
 from vtpm import files
-from vtpm.errors import FailedPreconditionError, InvalidArgumentError
+from vtpm.errors import FailedPreconditionError, InvalidArgumentError, StoreError, VtpmError
 from vtpm.files import Directory
 from vtpm.tpm.ptm import MAX_STATE_SIZE
 from vtpm.wire import swtpm_state
@@ -34,7 +36,9 @@ def read_key(fields: Mapping[str, str], option: str = "--key") -> bytes | None:
     source = sources[0]
     try:
         mode = KeyMode(_MODES[fields.get("mode", "aes-128-cbc")])
-        form, kdf = KeyFormat(fields.get("format", "hex")), Kdf(fields.get("kdf", "pbkdf2"))
+        form = KeyFormat(fields.get("format", "hex"))
+        # A key that is no password is not derived, and swtpm does not look at the name then.
+        kdf = Kdf(fields.get("kdf", "pbkdf2")) if source.startswith("pwd") else Kdf("pbkdf2")
         place = int(fields[source]) if source.endswith("fd") else fields[source]
     except (KeyError, ValueError):
         raise InvalidArgumentError("USAGE", "Error parsing key options: unknown mode, format, kdf or descriptor") from None
@@ -43,7 +47,7 @@ def read_key(fields: Mapping[str, str], option: str = "--key") -> bytes | None:
             content = files.read_descriptor(place, _MAX_KEY_FILE_SIZE, str(place))
         else:
             content = files.read(Path(place), _MAX_KEY_FILE_SIZE, follow=True)
-            if fields.get("remove", "false") in ("true", "1"):
+            if "remove" in fields:
                 _remove(Path(place))
     except OSError as error:
         raise InvalidArgumentError("FILE_UNREADABLE", f"Unable to open file {place}: {error.strerror}") from None
@@ -87,13 +91,30 @@ class StateDirectory:
         try:
             # The same kind of lock as swtpm's; the kernel takes it back however this process ends.
             fcntl.lockf(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise FailedPreconditionError(
-                "SWTPM_RUNNING",
-                "Could not lock access to lockfile: another TPM is running on this state",
+        except OSError as error:
+            raise self._locked(error) from None
+
+    def unlock(self) -> None:
+        """Let the next one in; nothing is read or written here any more."""
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+
+    def _locked(self, error: OSError) -> VtpmError:
+        """The error of a lock that was not given."""
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return InvalidArgumentError(
+                "FILE_UNWRITABLE",
+                f"can't be locked: {error.strerror}",
                 subject=str(self._directory),
-                remedy="end it first",
-            ) from None
+                remedy="use a file system with locks",
+            )
+        return FailedPreconditionError(
+            "SWTPM_RUNNING",
+            "Could not lock access to the state: another TPM is running on it",
+            subject=str(self._directory),
+            remedy="end it first",
+        )
 
     def read(self) -> bytes | None:
         """Return the permanent state; None if there is none yet.
@@ -120,7 +141,11 @@ class StateDirectory:
         return None if data is None else swtpm_state.parse(data, self._key, subject=self._subject(name))
 
     def write(self, state: bytes) -> None:
-        """Make the permanent state durable, as one step."""
+        """Make the permanent state durable, as one step.
+
+        Raises:
+            StoreError: STATE_NOT_WRITTEN.
+        """
         with self._writing:
             self._write(PERMANENT, state)
             self._written = True
@@ -133,15 +158,46 @@ class StateDirectory:
 
     def write_volatile(self, state: bytes) -> None:
         """The same for the volatile state of a TPM that goes to sleep."""
-        self._write(VOLATILE, state)
+        with self._writing:
+            self._write(VOLATILE, state)
 
-    def _write(self, name: str, state: bytes) -> None:
-        self._store(name, swtpm_state.build(state, self._key))
+    def rehearse_volatile(self, volatile: Callable[[], bytes]) -> None:
+        """Do all that `write_volatile` does with what `volatile` returns, but for its last step, so that nothing is changed.
+
+        Raises:
+            StoreError: STATE_NOT_WRITTEN.
+        """
+        with self._writing:
+            self._write(VOLATILE, volatile(), rehearsal=True)
+
+    def _write(self, name: str, state: bytes, *, rehearsal: bool = False) -> None:
+        with self._errors(name):
+            self._store(name, swtpm_state.build(state, self._key), rehearsal=rehearsal)
+
+    @contextlib.contextmanager
+    def _errors(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StoreError(
+                "STATE_NOT_WRITTEN",
+                f"can't be written: {error.strerror}",
+                subject=self._subject(name),
+                remedy="make room on the disk, or make the directory one that can be written",
+            ) from None
 
     # ---- where the states are --------------------------------------------------------------------------------------------
 
     def drop_volatile(self) -> None:
-        """Forget the volatile state durably: it is used once (invariant 2)."""
+        """Forget the volatile state durably: it is used once (invariant 2).
+
+        Raises:
+            StoreError: STATE_NOT_WRITTEN.
+        """
+        with self._errors(VOLATILE):
+            self._drop_volatile()
+
+    def _drop_volatile(self) -> None:
         place = self._held()
         if place.status(VOLATILE) is not None:
             place.unlink(VOLATILE)
@@ -182,14 +238,20 @@ class StateDirectory:
         except FileNotFoundError:
             return None
 
-    def _store(self, name: str, data: bytes) -> None:
-        os.close(replace(self._held(), name, data, self._mode))
+    def _store(self, name: str, data: bytes, *, rehearsal: bool) -> None:
+        file = replace(self._held(), name, data, self._mode, rehearsal=rehearsal)
+        if file >= 0:
+            os.close(file)
 
 
-def replace(directory: Directory, name: str, data: bytes, mode: int, *, lock: bool = False) -> int:
+class _RehearsalError(Exception):
+    """All went well until the last step, which is not taken."""
+
+
+def replace(directory: Directory, name: str, data: bytes, mode: int, *, lock: bool = False, rehearsal: bool = False) -> int:
     """Put a file in the place of another, durably and as one step; return its open descriptor.
 
-    With `lock` it is locked before anybody else can open it.
+    With `lock` it is locked before anybody else can open it. A `rehearsal` removes the new file again and returns -1.
     """
 
     def fill(fd: int) -> None:
@@ -198,4 +260,11 @@ def replace(directory: Directory, name: str, data: bytes, mode: int, *, lock: bo
         files.write_all(fd, data)
 
     # One name, so that a crash leaves at most one; nobody else writes here, the lock sees to that.
-    return directory.put(name, fill, mode=mode, exact=True, temporary=f"TMP-{name}")
+    def before() -> None:
+        if rehearsal:
+            raise _RehearsalError
+
+    try:
+        return directory.put(name, fill, mode=mode, exact=True, temporary=f"TMP-{name}", before=before)
+    except _RehearsalError:
+        return -1

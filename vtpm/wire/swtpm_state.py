@@ -31,8 +31,10 @@ _MIN_VERSION: Final = 1
 # How libtpms begins a TPM 2.0's permanent state: version, magic, min_version.
 _PERMANENT: Final = struct.Struct(">HIH")
 _PERMANENT_MAGIC: Final = 0xAB364723
+# A volatile state begins with the same fields.
+_VOLATILE_MAGIC: Final = 0x45637889
 _AES_BLOCK_SIZE: Final = 16
-_REWRITE: Final = "let a current swtpm write it anew: start swtpm with it, power the TPM on and off, try again"
+_REWRITE: Final = "let swtpm write it anew: swtpm socket … --flags startup-clear --ctrl …, then swtpm_ioctl -s, and try again"
 _DAMAGED: Final = "take the state from a backup; nothing was changed"
 
 
@@ -87,7 +89,8 @@ def parse(data: bytes, key: bytes | None = None, *, subject: str = "") -> bytes:
     """Return libtpms' state out of a state file; with `key` if it is encrypted.
 
     Raises:
-        SealedStateError: SWTPM_STATE_INVALID, SWTPM_STATE_VERSION_UNSUPPORTED, SWTPM_STATE_NOT_AUTHENTIC.
+        SealedStateError: SWTPM_STATE_INVALID, SWTPM_STATE_WITHOUT_HEADER, SWTPM_STATE_VERSION_UNSUPPORTED,
+            SWTPM_STATE_NOT_AUTHENTIC.
         InvalidArgumentError: SWTPM_STATE_TOO_LARGE, SWTPM_STATE_ENCRYPTED, SWTPM_STATE_NOT_ENCRYPTED, SWTPM_KEY_INVALID.
     """
     mode = _file_mode(_header(data, subject), subject)
@@ -155,7 +158,8 @@ def open_blob(
     As with swtpm, a blob that was not encrypted is taken whatever keys there are; `encrypted` is what SET_STATEBLOB says of it.
 
     Raises:
-        SealedStateError: SWTPM_STATE_INVALID, SWTPM_STATE_VERSION_UNSUPPORTED, SWTPM_STATE_NOT_AUTHENTIC.
+        SealedStateError: SWTPM_STATE_INVALID, SWTPM_STATE_WITHOUT_HEADER, SWTPM_STATE_VERSION_UNSUPPORTED,
+            SWTPM_STATE_NOT_AUTHENTIC.
         InvalidArgumentError: SWTPM_STATE_TOO_LARGE, SWTPM_STATE_ENCRYPTED, SWTPM_KEY_INVALID.
     """
     flags = _header(blob, subject)
@@ -217,6 +221,14 @@ def _header(data: bytes, subject: str) -> _Flag:
             f"{len(data)} bytes are more than any TPM's state ({MAX_STATE_SIZE})",
             subject=subject,
             remedy="name the directory of swtpm's state",
+        )
+    if len(data) >= _PERMANENT.size and _PERMANENT.unpack_from(data)[1] in (_PERMANENT_MAGIC, _VOLATILE_MAGIC):
+        # What libtpms wrote, with nothing around it: no file with a header can look like that, whose length is in that place.
+        raise SealedStateError(
+            "SWTPM_STATE_WITHOUT_HEADER",
+            "the state has no header: swtpm's oldest format, in which nothing tells a whole file from one that was cut off",
+            subject=subject,
+            remedy=_REWRITE,
         )
     if len(data) < _HEADER.size:
         raise _invalid(f"{len(data)} bytes are less than its header", subject)
