@@ -170,7 +170,9 @@ class Store:
             part = sa.select(owner.label("instance"), labels.c.key, labels.c.value)
             part = part.where(owner.in_(ids[start : start + 500])).order_by(labels.c.key)
             for label in connection.execute(part):
-                found[label.instance][label.key] = label.value
+                # They carry no MAC, and an answer that lists others too could not take what is no text.
+                if isinstance(label.key, str) and isinstance(label.value, str):
+                    found[label.instance][label.key] = label.value
         records = [self._record(row, found[row.id]) for row in rows]
         return [record for record in records if record is not None]
 
