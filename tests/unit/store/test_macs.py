@@ -20,7 +20,7 @@ from vtpm.errors import SealedStateError, StoreError
 from vtpm.store import macs
 from vtpm.store.macs import RowMacs, encode
 from vtpm.store.model import AuthorityRecord, CertificateRecord, Filter, InstanceState
-from vtpm.store.snapshots import SnapshotCommit, SnapshotUse
+from vtpm.store.snapshots import SnapshotCommit, SnapshotRow, SnapshotUse
 from vtpm.store.store import Store
 
 NOW = dt.datetime.now(dt.UTC).replace(microsecond=0)
@@ -276,3 +276,21 @@ def test_labels_that_are_none_are_not_shown(store: Store, path: Path, column: st
     # As an answer of the API takes them.
     for record in shown.values():
         assert instance_pb2.Instance(labels=record.labels).labels == record.labels
+
+
+@pytest.mark.parametrize("junk", ["9e999", "-1", "'x'", "x'00'", "CAST(x'ff' AS TEXT)"])
+@pytest.mark.parametrize(
+    "column", ["snapshots.epoch", "snapshots.version", "snapshots.mac", "snapshot_uses.version", "snapshot_uses.token"]
+)
+def test_whatever_stands_in_a_snapshot_s_row_the_others_are_found(store: Store, path: Path, column: str, junk: str) -> None:
+    honest, hurt = created_on(store, "honest"), created_on(store, "hurt")
+    for record in (honest, hurt):
+        assert store.commit([SnapshotCommit(record.id, record.epoch, 1, b"x" * 50, False)]) == [""]
+        assert store.commit([SnapshotUse(record.id, record.epoch, 1, bytes(16))]) == [""]
+    table, name = column.split(".")
+    with database_file(path) as connection:
+        connection.execute(f"UPDATE {table} SET {name} = {junk} WHERE instance = ?", (hurt.id.hex,))
+    found = store.snapshots.all()
+    assert found[honest.id, honest.epoch] == SnapshotRow(attached=False, used=True)
+    assert all(row.refused for (instance, _), row in found.items() if instance == hurt.id)
+    assert store.commit([SnapshotUse(honest.id, honest.epoch, 1, bytes(16))]) == [""]
