@@ -183,3 +183,24 @@ def test_what_is_refused_can_be_deleted_and_its_name_used_again(daemon: DaemonPr
     daemon.vtpm("instance", "delete", name, "--yes")
     daemon.create(name)
     honest(daemon, name)
+
+
+def test_an_ownership_epoch_is_not_set_back_by_its_row_alone(daemon: DaemonProcess) -> None:
+    """Invariant 3: a snapshot, and a worker, of an epoch that is over would be good again."""
+    daemon.create("web-1")
+    daemon.create("web-2")
+    for _ in range(2):
+        daemon.power_on("web-1")
+        daemon.vtpm("instance", "stop", "web-1")
+        if daemon.get("web-1").epoch == 1:
+            with contextlib.closing(sqlite3.connect(daemon.state_dir / "vtpm.db", timeout=10)) as store:
+                earlier = store.execute("SELECT * FROM instances WHERE name = 'web-1'").fetchone()
+    with hostile(daemon) as store:
+        change(store, f"REPLACE INTO instances VALUES ({', '.join('?' * len(earlier))})", *earlier)
+    assert daemon.get("web-1").epoch == 1, "its MAC is right"
+    for _ in range(2):
+        with pytest.raises(VtpmError) as caught:
+            daemon.power_on("web-1")
+        assert (caught.value.reason, caught.value.kind) == ("EPOCH_SET_BACK", ErrorKind.DATA_LOSS)
+        assert caught.value.remedy
+    honest(daemon, "web-2")

@@ -20,6 +20,8 @@ _MAX_LINE_SIZE: Final = 512
 # Of one worker in a window.
 _MAX_LINES: Final = 100
 _MAX_BYTES: Final = 16 << 10
+# The same, with what is cut off its lines: a line need not end.
+_MAX_READ: Final = 64 << 10
 _WINDOW_S: Final = 3600.0
 # Until the pipe of one that says too much is looked at again.
 _PAUSE_S: Final = 1.0
@@ -62,6 +64,7 @@ class WorkerOutput:
         self._window_end = 0.0
         self._lines = 0
         self._bytes = 0
+        self._read = 0
         self._withheld = 0
 
     def read(self, now: float) -> tuple[bool, bool]:
@@ -74,13 +77,14 @@ class WorkerOutput:
             data = b""
         if now >= self._window_end:
             self._tell_withheld()
-            self._window_end, self._lines, self._bytes = now + _WINDOW_S, 0, 0
+            self._window_end, self._lines, self._bytes, self._read = now + _WINDOW_S, 0, 0, 0
+        self._read += len(data)
         *complete, rest = data.split(b"\n")
         for part in complete:
             self._extend(part)
             self._end_line()
         self._extend(rest)
-        return bool(data), not self._withheld
+        return bool(data), not self._withheld and self._read <= _MAX_READ
 
     def end(self) -> None:
         """Take what is left of one that has ended, and close the pipe."""

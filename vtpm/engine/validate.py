@@ -157,8 +157,24 @@ def parse_reply(message: bytes) -> tuple[pb.WorkerReply, str]:
     return reply, kind
 
 
+def outline(request: pb.WorkerRequest) -> pb.WorkerRequest:
+    """Return what of a request its reply is checked against, so that no data and no key of it waits for that reply."""
+    kept = pb.WorkerRequest(id=request.id)
+    match request.WhichOneof("body"):
+        case "measure":
+            kept.measure.pcr = request.measure.pcr
+        case "manufacture":
+            kept.manufacture.hold = request.manufacture.hold
+        case "prove" | "activate_credentials" as kind:
+            credentials = getattr(kept, kind).credentials
+            credentials.extend(pb.Credential() for _ in getattr(request, kind).credentials)
+        case str() as kind:
+            getattr(kept, kind).SetInParent()
+    return kept
+
+
 def reply_to(request: pb.WorkerRequest, reply: pb.WorkerReply) -> None:
-    """Check the reply to `request`.
+    """Check the reply to `request`, or to what `outline` gives of it.
 
     Raises:
         ViolationError: no worker answers that.

@@ -56,7 +56,8 @@ class WorkerLink(asyncio.Protocol):
         self._reader = FrameReader()
         self._transport: asyncio.Transport | None = None
         self._ids = 0
-        # Requests without a reply, with those that nobody waits for any more: each gets one, and no other comes.
+        # Outlines of requests without a reply, with those that nobody waits for any more: each gets one, and no other comes. A
+        # worker may leave them without one as long as it lives, and a guest may ask for a megabyte each to be measured.
         self._pending: dict[int, tuple[pb.WorkerRequest, asyncio.Future[pb.WorkerReply]]] = {}
         # By kind: how often the worker may say so before it is asked.
         self._credit = dict.fromkeys(validate.UNSOLICITED, _CREDIT)
@@ -187,7 +188,7 @@ class WorkerLink(asyncio.Protocol):
         request.id = self._ids
         future: asyncio.Future[pb.WorkerReply] = self._loop.create_future()
         # It stays there until its reply comes, even if nobody waits for that any more.
-        self._pending[request.id] = request, future
+        self._pending[request.id] = validate.outline(request), future
         if kind == "get_keys":
             self._grant("imported")
             if request.get_keys.forget_generation:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,9 @@ SCHEMA_REVISION: Final = "0006"
 _MIGRATIONS: Final = Path(__file__).parent / "migrations"
 _WRITE: Final = "vtpm_write"
 _BUSY_TIMEOUT_MS: Final = 5000
+# A text need not be one: the driver would raise at such a row, whoever's it is, and every other row of the same reading, or
+# commit of the same turn, would fail with it. Bytes that are no UTF-8 are spelled out, and the row's MAC does not fit.
+_AS_TEXT: Final = functools.partial(str, encoding="utf-8", errors="backslashreplace")
 
 # (beginning of SQLite's error name) → (reason, what happened, remedy). The first that fits.
 _SQLITE_ERRORS: Final = (
@@ -83,6 +87,7 @@ def _on_connect(connection: Any, _record: Any) -> None:
 
 def set_pragmas(connection: sqlite3.Connection) -> None:
     """Durability and safety of a SQLite connection."""
+    connection.text_factory = _AS_TEXT
     cursor = connection.cursor()
     for pragma in (
         "journal_mode=WAL",

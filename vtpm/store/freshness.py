@@ -51,6 +51,11 @@ UNION ALL SELECT {_SNAPSHOT}, n.blob {_SNAPSHOTS} AND i.id = ?1
 """  # noqa: S608  # constants
 _INSTANCE: Final = f"SELECT {', '.join(INSTANCES.names)}, mac FROM instances WHERE id = ?"  # noqa: S608  # names of columns
 _LOG: Final = "SELECT sequence, kind, instance, root, mac FROM freshness_log"
+# What is no number, or higher than any that the service will count up to, does not keep it from going on.
+_SEQUENCE_END: Final = 1 << 62
+_END: Final = """
+SELECT sequence, mac FROM freshness_log WHERE typeof(sequence) = 'integer' AND sequence < ? ORDER BY sequence DESC LIMIT 1
+"""
 
 
 class LogKind(enum.IntEnum):
@@ -101,7 +106,7 @@ class Snapshot:
         self._connection = connection
 
     def rows(self) -> set[StateRow]:
-        """Return every sealed state. A row that is not even of its columns' types is none: its instance is missing."""
+        """Return every sealed state. A row that no state of the service's has is none: its instance is missing."""
         return {StateRow._make(row) for row in self._connection.execute(_ROWS) if _is_of_its_types(row)}
 
     def digest(self, row: StateRow) -> bytes:
@@ -123,7 +128,7 @@ class Snapshot:
             f"{_LOG} WHERE sequence > ? ORDER BY sequence",  # no part of it is from outside
             (covered.sequence,),
         ):
-            owner = bytes.fromhex(instance) if instance else b""
+            owner = _owner(instance)
             if sequence != end.sequence + 1 or not self._log.is_mac(mac, sequence, kind, owner, root, end.mac):
                 return None
             end = LogPoint(sequence, mac)
@@ -201,14 +206,17 @@ class FreshnessLog:
         packed = _MAC_INPUT.pack(self._store, sequence, kind, owner, root or NO_DIGEST, before)
         return hmac.digest(self._key, packed, "sha256")
 
-    def is_mac(self, mac: bytes, sequence: int, kind: int, instance: bytes, root: bytes, before: bytes) -> bool:
-        """Whether `mac` is that of such a row behind one whose MAC is `before`."""
+    def is_mac(self, mac: Any, sequence: Any, kind: Any, instance: bytes, root: Any, before: Any) -> bool:
+        """Whether `mac` is that of such a row behind one whose MAC is `before`; a row may hold anything."""
+        if type(sequence) is not int or type(kind) is not int or not all(isinstance(i, bytes) for i in (mac, root, before)):
+            return False
         sizes = len(instance) in (0, 16) and len(root) in (0, 32) and len(before) == 32
         return sizes and kind in list(LogKind) and hmac.compare_digest(mac, self._mac(sequence, kind, instance, root, before))
 
     def _append(self, run: _Run, kind: LogKind, instance: bytes, root: bytes) -> LogPoint:
-        row = run("SELECT sequence, mac FROM freshness_log ORDER BY sequence DESC LIMIT 1").fetchone()
-        end = LogPoint(*row) if row else START
+        row = run(_END, (_SEQUENCE_END,)).fetchone()
+        # Behind a row that is none of ours the chain is broken already, which the next survey finds.
+        end = LogPoint(row[0], row[1] if _is_digest(row[1]) else NO_DIGEST) if row else START
         sequence = end.sequence + 1
         mac = self._mac(sequence, kind, instance, root, end.mac)
         run("INSERT INTO freshness_log VALUES (?, ?, ?, ?, ?)", (sequence, int(kind), instance.hex() or None, root, mac))
@@ -279,7 +287,8 @@ class FreshnessLog:
         """Return the store's id and whether its anchor was ever written; None without rollback protection."""
         with self._quick.transaction("BEGIN") as connection:
             row = connection.execute("SELECT store, armed FROM freshness").fetchone()
-        return (uuid.UUID(row[0]), bool(row[1])) if row else None
+        # A row that names no store is as good as none.
+        return (uuid.UUID(row[0]), bool(row[1])) if row and _is_id(row[0]) else None
 
     def identify(self, store: uuid.UUID, key: bytes) -> None:
         """Be `store` from now on, with an empty log under `key`; its anchor is yet to be written."""
@@ -351,9 +360,28 @@ class FreshnessLog:
 
 def _is_of_its_types(row: tuple[Any, ...]) -> bool:
     instance, *numbers = row
-    return isinstance(instance, str) and bool(_HEX_ID.fullmatch(instance)) and all(type(number) is int for number in numbers)
+    counted = all(type(number) is int and number >= 0 for number in numbers)
+    return _is_id(instance) and counted and row[2] in list(StateKind)
 
 
-def digest_of(blob: bytes | None) -> bytes:
-    """Return the digest of a sealed state; NO_DIGEST for one that was used up and emptied."""
-    return sha256(blob).digest() if blob else NO_DIGEST
+def _is_id(text: Any) -> bool:
+    return isinstance(text, str) and bool(_HEX_ID.fullmatch(text))
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, bytes) and len(value) == len(NO_DIGEST)
+
+
+def _owner(text: Any) -> bytes:
+    """Return the id in a row of the log; empty if there is none."""
+    return bytes.fromhex(text) if _is_id(text) else b""
+
+
+def digest_of(blob: Any) -> bytes:
+    """Return the digest of a sealed state; NO_DIGEST for one that was used up and emptied.
+
+    What is no sealed state at all has a digest of its own, too: it is one instance's, and others are looked at with it.
+    """
+    if not blob:
+        return NO_DIGEST
+    return sha256(blob if isinstance(blob, bytes) else repr(blob).encode(errors="backslashreplace")).digest()

@@ -186,7 +186,7 @@ class SnapshotReader:
             refused = bool(self._refused(about))
             try:
                 key = uuid.UUID(instance), int(epoch)
-            except (ValueError, TypeError, AttributeError):
+            except (ValueError, TypeError, AttributeError, OverflowError):
                 continue
             used = refused or (use_version is not None and use_version >= version)
             found[key] = SnapshotRow(bool(attached), used, refused)

@@ -15,7 +15,7 @@ import structlog
 from sqlalchemy.exc import IntegrityError
 
 from vtpm.crashpoints import crash_point
-from vtpm.errors import ConflictError, FailedPreconditionError, NotFoundError, StoreError
+from vtpm.errors import ConflictError, FailedPreconditionError, NotFoundError, SealedStateError, StoreError
 from vtpm.seal.envelope import StateKind
 from vtpm.seal.keys import WrappedKey
 from vtpm.store import database
@@ -170,7 +170,9 @@ class Store:
             part = sa.select(owner.label("instance"), labels.c.key, labels.c.value)
             part = part.where(owner.in_(ids[start : start + 500])).order_by(labels.c.key)
             for label in connection.execute(part):
-                found[label.instance][label.key] = label.value
+                # They carry no MAC, and an answer that lists others too could not take what is no text.
+                if isinstance(label.key, str) and isinstance(label.value, str):
+                    found[label.instance][label.key] = label.value
         records = [self._record(row, found[row.id]) for row in rows]
         return [record for record in records if record is not None]
 
@@ -358,6 +360,7 @@ class Store:
 
         Raises:
             FailedPreconditionError: INSTANCE_ALREADY_ON.
+            SealedStateError: EPOCH_SET_BACK, the sealed state is of a later epoch than the row.
         """
         with self._writing() as connection:
             record = self._trusted(connection, instance)
@@ -365,10 +368,30 @@ class Store:
                 raise FailedPreconditionError(
                     "INSTANCE_ALREADY_ON", "the instance is ON", subject=record.name, remedy=f"vtpm instance stop {record.name}"
                 )
+            self._check_epoch(connection, record)
             values = {"state": InstanceState.ON.value, "failure": "", "boot_id": boot_id, "epoch": record.epoch + 1}
             self._change(connection, instance, values, revision=revision)
             self._forget_snapshots(connection, instance)
             return self._by_id(connection, instance)
+
+    @staticmethod
+    def _check_epoch(connection: sa.Connection, record: InstanceRecord) -> None:
+        """A row that was set back to what it was has its MAC, but no state of its future.
+
+        Raises:
+            SealedStateError: EPOCH_SET_BACK.
+        """
+        query = sa.select(sa.type_coerce(states.c.epoch, sa.types.NullType()))
+        query = query.where(states.c.instance == record.id, states.c.kind == int(StateKind.PERMANENT))
+        epoch: Any = connection.execute(query).scalar()
+        if type(epoch) is int and epoch > record.epoch:
+            raise SealedStateError(
+                "EPOCH_SET_BACK",
+                f"the sealed state is of epoch {epoch}, which the instance's row (epoch {record.epoch}) has not come to: "
+                "something else has set the row back",
+                subject=record.name,
+                remedy=f"restore this instance: vtpm backup restore FILE --instance {record.name}, or put the right store back",
+            )
 
     def _trusted(self, connection: sa.Connection, instance: uuid.UUID) -> InstanceRecord:
         """Return an instance whose row is as the service wrote it.

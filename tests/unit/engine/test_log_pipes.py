@@ -110,6 +110,25 @@ def test_one_that_floods_its_pipe_is_looked_at_now_and_then_and_the_others_at_on
     assert not watched
 
 
+def test_one_whose_line_never_ends_is_looked_at_now_and_then_too() -> None:
+    heard: list[str] = []
+    reader, writer = make_pipe()
+    output = WorkerOutput(reader, lambda: NAME, heard.append)
+    modest, turns = True, 0
+    while modest:
+        os.write(writer, b"y" * 4000)
+        more, modest = output.read(0.0)
+        assert more
+        turns += 1
+        assert turns < 100, "the loop that reads it would never rest"
+    # In another window it has another share.
+    os.write(writer, b"y" * 4000)
+    assert output.read(4000.0) == (True, True)
+    os.close(writer)
+    output.end()
+    assert heard == [f"{NAME}: {'y' * 512} (cut)"]
+
+
 def in_a_process(code: str, log: Path) -> subprocess.CompletedProcess[bytes]:
     """Run Python with the log as standard error."""
     fd = open_log(log)

@@ -85,6 +85,52 @@ def test_any_reply_is_what_was_asked_for_or_a_violation(kind: str, seed: int) ->
         assert len(value.digest) in (20, 32, 48, 64)
 
 
+@settings(max_examples=500, deadline=None)
+@given(kind=st.sampled_from(sorted(validate.REPLIES)), seeds=st.tuples(st.integers(0, 1 << 32), st.integers(0, 1 << 32)))
+def test_a_reply_is_judged_alike_by_its_request_and_by_the_outline_of_that(kind: str, seeds: tuple[int, int]) -> None:
+    requests, reply = (
+        filled(which, random.Random(seed)) for which, seed in zip((pb.WorkerRequest, pb.WorkerReply), seeds, strict=True)
+    )
+    assert isinstance(requests, pb.WorkerRequest)
+    assert isinstance(reply, pb.WorkerReply)
+    request = requests if requests.WhichOneof("body") else asked(kind)
+
+    def judged(by: pb.WorkerRequest) -> str:
+        try:
+            validate.reply_to(by, reply)
+        except ViolationError as violation:
+            return violation.code
+        return ""
+
+    outline = validate.outline(request)
+    assert outline.WhichOneof("body") == request.WhichOneof("body")
+    assert judged(outline) == judged(request)
+
+
+@pytest.mark.parametrize(
+    ("request_", "reply"),
+    [
+        (
+            pb.WorkerRequest(prove=pb.ActivateCredentials(credentials=[pb.Credential(), pb.Credential(ak=7)])),
+            pb.WorkerReply(activated_credentials=pb.ActivatedCredentials(secrets=[b"1", b"2"])),
+        ),
+        (
+            pb.WorkerRequest(measure=pb.Measure(pcr=16, data=b"x")),
+            pb.WorkerReply(pcr_values=pb.PcrValues(values=[pb.PcrValue(hash_alg=11, index=16, digest=bytes(32))])),
+        ),
+        (
+            pb.WorkerRequest(manufacture=pb.Manufacture(data_key=bytes(32), hold=True)),
+            pb.WorkerReply(manufactured=pb.Manufactured()),
+        ),
+    ],
+)
+def test_what_a_good_reply_rests_on_is_in_the_outline(request_: pb.WorkerRequest, reply: pb.WorkerReply) -> None:
+    outline = validate.outline(request_)
+    validate.reply_to(request_, reply)
+    validate.reply_to(outline, reply)
+    assert outline.ByteSize() < 10, "no data and no key"
+
+
 @settings(max_examples=300, deadline=None)
 @given(message=st.binary(max_size=300))
 def test_any_bytes_are_a_reply_or_a_violation(message: bytes) -> None:

@@ -159,6 +159,23 @@ def test_of_a_worker_that_does_not_answer_only_so_much_is_asked() -> None:
     on_a_line(test)
 
 
+def test_what_a_worker_reads_and_never_answers_is_not_kept_for_it() -> None:
+    """The guest of a worker that is its own asks for as much as it likes, and lets go of each request."""
+
+    async def test(worker: Worker) -> None:
+        loop = asyncio.get_running_loop()
+        for _ in range(20):
+            measure = pb.Measure(pcr=16, data=b"x" * (1 << 20), event_data=b"y" * 4096)
+            asking = asyncio.create_task(worker.link.request(pb.WorkerRequest(measure=measure)))
+            read = 0
+            while read <= 1 << 20:
+                read += len(await loop.sock_recv(worker.sock, 1 << 20))
+            asking.cancel()
+        assert sum(request.ByteSize() for request, _ in worker.link._pending.values()) < 1 << 10
+
+    on_a_line(test)
+
+
 def test_a_frame_that_nobody_asked_for_is_refused_before_it_is_kept() -> None:
     async def test(worker: Worker) -> None:
         worker.sock.send((1 << 20).to_bytes(4, "big"))

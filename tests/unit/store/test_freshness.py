@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.unit.store.given import a_commit, a_new_instance, created_on, database_file, open_store
-from vtpm.seal.anchor import START, LogPoint
+from vtpm.seal.anchor import START, LogPoint, Mark
 from vtpm.seal.envelope import StateKind
 from vtpm.store.freshness import LogKind, StateRow, digest_of
 from vtpm.store.store import Store
@@ -82,6 +82,14 @@ def test_the_log_goes_on_from_a_root(armed: Store) -> None:
         "UPDATE freshness_log SET root = x'00' WHERE sequence = 4",
         "UPDATE freshness_log SET mac = x'00' WHERE sequence = 1",
         "UPDATE freshness_log SET sequence = sequence + 1 WHERE sequence = 4",
+        "UPDATE freshness_log SET sequence = 'x' WHERE sequence = 4",
+        "UPDATE freshness_log SET sequence = 9223372036854775807 WHERE sequence = 4",
+        "UPDATE freshness_log SET instance = 'none' WHERE sequence = 3",
+        "UPDATE freshness_log SET kind = x'02' WHERE sequence = 3",
+        "UPDATE freshness_log SET root = 7 WHERE sequence = 4",
+        "UPDATE freshness_log SET mac = 7 WHERE sequence = 4",
+        "UPDATE freshness_log SET mac = CAST(x'ff' AS TEXT) WHERE sequence = 4",
+        "INSERT INTO freshness_log VALUES (5, 2, 'none', 'root', 7)",
         "DELETE FROM freshness_log",
     ],
 )
@@ -93,6 +101,12 @@ def test_a_log_that_was_changed_is_not_the_one_that_was_anchored(armed: Store, p
     with database_file(path) as database:
         assert database.execute(change).rowcount >= 1
     assert events(armed, START, head) is None
+    # Who creates an instance now is not kept from it, and the log can begin anew.
+    armed.create(a_new_instance("d"))
+    armed.freshness.append_root(b"s" * 32, START)
+    armed.freshness.go_on_from(head)
+    armed.create(a_new_instance("e"))
+    assert len(events(armed, head, head) or ()) == 1
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -159,3 +173,32 @@ def test_changes_of_others_are_seen_once(armed: Store) -> None:
     assert armed.freshness.changed()
     armed.freshness.append_root(b"r" * 32, START)
     assert not armed.freshness.changed(), "its own do not count"
+
+
+@pytest.mark.parametrize("change", ["kind = 300", "kind = -1", "kind = 77", "epoch = -1", "version = 'x'", "epoch = 1e30"])
+def test_a_state_of_junk_is_none_and_the_others_are_looked_at(armed: Store, path: Path, change: str) -> None:
+    honest, hurt = created_on(armed, "honest"), created_on(armed, "hurt")
+    with database_file(path) as database:
+        database.execute(f"UPDATE states SET {change} WHERE instance = ?", (hurt.id.hex,))
+    with armed.freshness.snapshot() as snapshot:
+        rows = snapshot.rows()
+        marks = [Mark(bytes.fromhex(row.instance), *row[2:3], *row[1:2], *row[3:], snapshot.digest(row)) for row in rows]
+    assert [Mark.unpack(mark.pack()).instance for mark in marks] == [honest.id.bytes]
+
+
+@pytest.mark.parametrize("blob", ["'text'", "5", "CAST(x'ff' AS TEXT)"])
+def test_a_state_that_is_no_blob_has_a_digest_too(armed: Store, path: Path, blob: str) -> None:
+    honest, hurt = created_on(armed, "honest"), created_on(armed, "hurt")
+    with database_file(path) as database:
+        database.execute(f"UPDATE states SET blob = {blob} WHERE instance = ?", (hurt.id.hex,))
+    with armed.freshness.snapshot() as snapshot:
+        digests = {row.instance: snapshot.digest(row) for row in snapshot.rows()}
+    assert digests.keys() == {honest.id.hex, hurt.id.hex}
+    ((_, digest),) = armed.freshness.present(hurt.id)
+    assert digest == digests[hurt.id.hex] != digest_of(b"")
+
+
+def test_a_store_that_has_no_name_is_known_to_nobody(armed: Store, path: Path) -> None:
+    with database_file(path) as database:
+        database.execute("UPDATE freshness SET store = 'none'")
+    assert armed.freshness.identity() is None

@@ -14,12 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.store.given import a_new_instance, created_on, database_file
+from tests.unit.store.given import a_commit, a_new_instance, created_on, database_file
+from vtpm.api.v1 import instance_pb2
 from vtpm.errors import SealedStateError, StoreError
 from vtpm.store import macs
 from vtpm.store.macs import RowMacs, encode
 from vtpm.store.model import AuthorityRecord, CertificateRecord, Filter, InstanceState
-from vtpm.store.snapshots import SnapshotCommit, SnapshotUse
+from vtpm.store.snapshots import SnapshotCommit, SnapshotRow, SnapshotUse
 from vtpm.store.store import Store
 
 NOW = dt.datetime.now(dt.UTC).replace(microsecond=0)
@@ -245,3 +246,51 @@ def test_whatever_stands_in_a_row_others_are_listed(shared_store: Store, column:
     shown = {record.id: record for record in shared_store.list(Filter(), 10_000, None)}
     assert shown[honest.id] == honest
     assert shown.get(hurt.id, honest) in (hurt, honest) or shown[hurt.id].failure is not None
+
+
+@pytest.mark.parametrize("column", macs.INSTANCES.names[1:])
+def test_bytes_that_are_no_text_hurt_their_own_row_only(store: Store, path: Path, column: str) -> None:
+    honest, hurt = created_on(store, "honest"), created_on(store, "hurt")
+    with database_file(path) as connection:
+        connection.execute(f"UPDATE instances SET {column} = CAST(x'4fff' AS TEXT) WHERE id = ?", (hurt.id.hex,))
+    # In one turn of the commit thread: an error of the store would have it try again for good, and others wait for it.
+    answers = store.commit([a_commit(hurt, 2), a_commit(honest, 2)])
+    assert answers[1] == ""
+    shown = {record.id: record for record in store.list(Filter(), 10, None)}
+    assert shown[honest.id] == honest
+    assert shown[hurt.id].state is InstanceState.FAILED
+    assert [record.id for record in store.owned()] == [honest.id]
+    assert sum(store.counts().values()) == 2
+    assert store.snapshots.all() == {}
+
+
+@pytest.mark.parametrize("junk", ["CAST(x'ff' AS TEXT)", "x'ff'", "7"])
+@pytest.mark.parametrize("column", ["key", "value"])
+def test_labels_that_are_none_are_not_shown(store: Store, path: Path, column: str, junk: str) -> None:
+    honest = store.create(a_new_instance("honest", {"team": "web"}))
+    hurt = store.create(a_new_instance("hurt", {"team": "web"}))
+    with database_file(path) as connection:
+        connection.execute(f"UPDATE labels SET {column} = {junk} WHERE instance = ?", (hurt.id.hex,))
+    shown = {record.id: record for record in store.list(Filter(), 10, None)}
+    assert shown[honest.id].labels == {"team": "web"}
+    # As an answer of the API takes them.
+    for record in shown.values():
+        assert instance_pb2.Instance(labels=record.labels).labels == record.labels
+
+
+@pytest.mark.parametrize("junk", ["9e999", "-1", "'x'", "x'00'", "CAST(x'ff' AS TEXT)"])
+@pytest.mark.parametrize(
+    "column", ["snapshots.epoch", "snapshots.version", "snapshots.mac", "snapshot_uses.version", "snapshot_uses.token"]
+)
+def test_whatever_stands_in_a_snapshot_s_row_the_others_are_found(store: Store, path: Path, column: str, junk: str) -> None:
+    honest, hurt = created_on(store, "honest"), created_on(store, "hurt")
+    for record in (honest, hurt):
+        assert store.commit([SnapshotCommit(record.id, record.epoch, 1, b"x" * 50, False)]) == [""]
+        assert store.commit([SnapshotUse(record.id, record.epoch, 1, bytes(16))]) == [""]
+    table, name = column.split(".")
+    with database_file(path) as connection:
+        connection.execute(f"UPDATE {table} SET {name} = {junk} WHERE instance = ?", (hurt.id.hex,))
+    found = store.snapshots.all()
+    assert found[honest.id, honest.epoch] == SnapshotRow(attached=False, used=True)
+    assert all(row.refused for (instance, _), row in found.items() if instance == hurt.id)
+    assert store.commit([SnapshotUse(honest.id, honest.epoch, 1, bytes(16))]) == [""]
