@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-DATA, HEADERS, RST_STREAM, SETTINGS, PING, WINDOW_UPDATE = 0, 1, 3, 4, 6, 8
+DATA, HEADERS, RST_STREAM, SETTINGS, PING, WINDOW_UPDATE, CONTINUATION = 0, 1, 3, 4, 6, 8, 9
 END_STREAM, END_HEADERS, ACK = 0x01, 0x04, 0x01
 READ_PCRS = "/vtpm.v1.TpmService/ReadPcrs"
 EXECUTE = "/vtpm.v1.TpmService/Execute"

@@ -33,6 +33,9 @@ _LONGEST_PAUSE_S: Final = 5.0
 _WASTED_PER_S: Final = 1 << 20
 # What a call costs a guest that it gives up at once: gRPC has had the work of it.
 _GIVEN_UP_PAUSE_S: Final = 0.05
+# What a call costs that gRPC refuses by itself, as no client of gRPC makes one. It takes a tenth of a second to refuse a call,
+# and everybody waits while it has some.
+_REFUSED_PAUSE_S: Final = 2.0
 # When gRPC has not come back with a call for so long it never will, as something is wrong with it; then the guest waits.
 _UNSEEN_TIMEOUT_S: Final = 0.25
 _UNSEEN_PAUSE_S: Final = 1.0
@@ -274,6 +277,7 @@ class GuardedConnection:
             while data := await loop.sock_recv(inner, _CHUNK_SIZE):
                 if refused := self._watch.answered(data):
                     self._flow.seen(refused)
+                    self._flow.brake(refused * _REFUSED_PAUSE_S)
                 self._settle()
                 async with asyncio.timeout(_STALL_TIMEOUT_S):
                     await loop.sock_sendall(self._client, data)
