@@ -145,8 +145,9 @@ def test_large_requests_of_one_guest_at_once_are_all_served(bounded: DaemonProce
     guests = [Client(f"unix:{path}") for _ in range(2)]
     request = tpm_pb2.MeasureRequest(pcr=16, data=bytes(MEBIBYTE))
     # On one connection and on two: their pieces come mixed.
-    calls = [guest.tpm.Measure.future(request, timeout=60) for guest in guests for _ in range(6)]
-    assert all(call.result().values for call in calls)
+    with guests[0].errors(), guests[1].errors():
+        calls = [guest.tpm.Measure.future(request, timeout=60) for guest in guests for _ in range(6)]
+        assert all(call.result().values for call in calls)
     for guest in guests:
         guest.close()
 
