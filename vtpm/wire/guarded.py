@@ -49,6 +49,8 @@ class LargeMessages:
 
     def __init__(self, at_once: int, size: int) -> None:
         self.turns = asyncio.Semaphore(at_once)
+        # Guests that wait for theirs.
+        self.waiting = 0
         self.size = size
 
 
@@ -98,7 +100,11 @@ class GuestFlow:
         try:
             async with asyncio.timeout(_LARGE_TIMEOUT_S), self._one_waits:
                 if self.large_since is None:
-                    await self._large.turns.acquire()
+                    self._large.waiting += 1
+                    try:
+                        await self._large.turns.acquire()
+                    finally:
+                        self._large.waiting -= 1
                     self.large_since = time.monotonic()
                     # Perhaps it is not needed any more.
                     self.change(0)
@@ -109,6 +115,11 @@ class GuestFlow:
                 remedy="send it again in a moment",
                 kind=ErrorKind.RESOURCE_EXHAUSTED,
             ) from None
+
+    def overstays(self, timeout_s: float) -> bool:
+        """Whether it has had large messages under way for longer than one may take, one begun before another's end, and others
+        wait."""
+        return self.large_since is not None and self.large_since + timeout_s <= time.monotonic() and self._large.waiting > 0
 
     def brake(self, seconds: float) -> None:
         """Read nothing of this guest for `seconds` more: what it asks for beyond its share costs it time, not others."""
@@ -228,6 +239,13 @@ class GuardedConnection:
         while not self._flow.less.is_set():
             # It has room for one large message, and this is more.
             await self._in_time(self._flow.less)
+        if self._watch.oldest is not None and self._flow.overstays(self._message_timeout_s):
+            raise VtpmError(
+                "MESSAGE_ROOM_BUSY",
+                "other guests wait for the room that this one's large messages take",
+                remedy="send one after another",
+                kind=ErrorKind.RESOURCE_EXHAUSTED,
+            )
         while True:
             await self._flow.turn()
             try:

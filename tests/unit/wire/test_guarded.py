@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import socket
 from collections.abc import AsyncIterator
 
 import pytest
 
 from tests.support import http2
-from vtpm.wire.guarded import GuardedConnection, GuestFlow
+from vtpm.errors import VtpmError
+from vtpm.wire.guarded import GuardedConnection, GuestFlow, LargeMessages
 
 BEGINNING = http2.PREFACE + http2.frame(http2.SETTINGS, 0, 0)
 
@@ -84,3 +86,46 @@ async def test_a_call_that_is_answered_costs_nothing(flow: Flow, carried: Carrie
     await carried.answered(http2.frame(http2.HEADERS, http2.END_HEADERS | http2.END_STREAM, 1, b"\x88"))
     await carried.answered(http2.frame(http2.RST_STREAM, 0, 1, bytes(4)))
     assert flow.paused_s == 0
+
+
+async def test_a_guest_with_one_large_message_after_another_keeps_nobody_else_waiting_for_ever() -> None:
+    large = LargeMessages(1, 1 << 20)
+    greedy, honest = (Flow(large=large) for _ in range(2))
+    holds = asyncio.Event()
+    begun, rest = http2.prefix(30_000) + bytes(15_000), bytes(15_000)
+
+    async def begin(carried: Carried, flow: Flow, stream: int) -> None:
+        await carried.said(http2.call(stream, http2.MEASURE))
+        flow.seen()
+        await carried.said(http2.frame(http2.DATA, 0, stream, begun))
+
+    async def end(carried: Carried, stream: int) -> None:
+        await carried.said(http2.frame(http2.DATA, http2.END_STREAM, stream, rest))
+        await carried.answered(http2.frame(http2.HEADERS, http2.END_HEADERS | http2.END_STREAM, stream, b"\x88"))
+
+    async def one_after_another(carried: Carried) -> None:
+        await carried.said(BEGINNING)
+        for stream in (1, 3):
+            await begin(carried, greedy, stream)
+        for stream in itertools.count(5, 2):
+            await begin(carried, greedy, stream)
+            holds.set()
+            await end(carried, stream - 4)
+
+    first = Carried(greedy, message_timeout_s=0.3)
+    endless = asyncio.get_running_loop().create_task(one_after_another(first))
+    async with asyncio.timeout(30):
+        await holds.wait()
+    assert large.turns.locked()
+    second = Carried(honest)
+    await second.said(BEGINNING)
+    for stream in (1, 3):
+        await begin(second, honest, stream)
+    await end(second, 1)
+    endless.cancel()
+    await asyncio.gather(endless, return_exceptions=True)
+    with pytest.raises(VtpmError) as caught:
+        await first.task
+    assert caught.value.reason == "MESSAGE_ROOM_BUSY"
+    await first.close()
+    await second.close()
