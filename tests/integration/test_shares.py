@@ -247,6 +247,16 @@ def test_a_guest_that_watches_its_health_without_end_uses_its_own_calls(bounded:
     guest.close()
 
 
+def test_answers_that_a_guest_does_not_take_are_not_kept(bounded: DaemonProcess) -> None:
+    instance = bounded.running("takes-nothing")
+    sock = http2.connect(instance.guest_socket)
+    sock.sendall(http2.shut_window())
+    sock.sendall(b"".join(http2.call(n, http2.GET_EVENT_LOG) + http2.message(n, b"") for n in range(1, 17, 2)))
+    eventually(lambda: http2.closed(sock))
+    sock.close()
+    is_served(bounded, instance)
+
+
 def test_what_a_guest_does_wrong_again_and_again_does_not_fill_the_log(bounded: DaemonProcess) -> None:
     guest = Client(f"unix:{bounded.running('loud').guest_socket}")
     before = len(bounded.log_text())

@@ -10,6 +10,7 @@ END_STREAM, END_HEADERS, ACK = 0x01, 0x04, 0x01
 READ_PCRS = "/vtpm.v1.TpmService/ReadPcrs"
 EXECUTE = "/vtpm.v1.TpmService/Execute"
 EXECUTE_STREAM = "/vtpm.v1.TpmService/ExecuteStream"
+GET_EVENT_LOG = "/vtpm.v1.TpmService/GetEventLog"
 MEASURE = "/vtpm.v1.TpmService/Measure"
 
 
@@ -51,6 +52,11 @@ def connect(path: str) -> socket.socket:
     # A window as wide as can be, so that answers never wait.
     sock.sendall(PREFACE + frame(SETTINGS, 0, 0) + frame(WINDOW_UPDATE, 0, 0, (1 << 30).to_bytes(4, "big")))
     return sock
+
+
+def shut_window() -> bytes:
+    """What a client says that takes no answers: SETTINGS_INITIAL_WINDOW_SIZE is 0."""
+    return frame(SETTINGS, 0, 0, b"\x00\x04" + bytes(4))
 
 
 def closed(sock: socket.socket) -> bool:

@@ -72,6 +72,8 @@ class GuestFlow:
         # Since when it may have a large message under way.
         self.large_since: float | None = None
         self._unseen = 0
+        # Its connections that are carried.
+        self.connections: set[GuardedConnection] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._settled = asyncio.Event()
         self._settled.set()
@@ -125,6 +127,11 @@ class GuestFlow:
         """Read nothing of this guest for `seconds` more: what it asks for beyond its share costs it time, not others."""
         now = time.monotonic()
         self._until = min(max(now, self._until) + seconds, now + _LONGEST_PAUSE_S)
+
+    def cut(self) -> None:
+        """End its connections."""
+        for connection in self.connections:
+            connection.cut()
 
     async def turn(self) -> None:
         """Return when something of this guest may be read: in its turn among all guests, however many connections it has."""
@@ -202,6 +209,7 @@ class GuardedConnection:
         loop = asyncio.get_running_loop()
         requests = loop.create_task(self._requests(inner))
         answers = loop.create_task(self._answers(inner))
+        self._flow.connections.add(self)
         try:
             await asyncio.wait((requests, answers), return_when=asyncio.FIRST_COMPLETED)
             if requests.done():
@@ -214,6 +222,7 @@ class GuardedConnection:
             answers.cancel()
             # Neither socket may be closed while the loop still waits for it.
             await asyncio.gather(requests, answers, return_exceptions=True)
+            self._flow.connections.discard(self)
             self._flow.change(-self._counted)
 
     async def _requests(self, inner: socket.socket) -> None:
