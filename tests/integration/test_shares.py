@@ -145,8 +145,9 @@ def test_large_requests_of_one_guest_at_once_are_all_served(bounded: DaemonProce
     guests = [Client(f"unix:{path}") for _ in range(2)]
     request = tpm_pb2.MeasureRequest(pcr=16, data=bytes(MEBIBYTE))
     # On one connection and on two: their pieces come mixed.
-    calls = [guest.tpm.Measure.future(request, timeout=60) for guest in guests for _ in range(6)]
-    assert all(call.result().values for call in calls)
+    with guests[0].errors(), guests[1].errors():
+        calls = [guest.tpm.Measure.future(request, timeout=60) for guest in guests for _ in range(6)]
+        assert all(call.result().values for call in calls)
     for guest in guests:
         guest.close()
 
@@ -244,6 +245,16 @@ def test_a_guest_that_watches_its_health_without_end_uses_its_own_calls(bounded:
     eventually(lambda: not is_refused(guest, "TOO_MANY_GUEST_CALLS"))
     sock.close()
     guest.close()
+
+
+def test_answers_that_a_guest_does_not_take_are_not_kept(bounded: DaemonProcess) -> None:
+    instance = bounded.running("takes-nothing")
+    sock = http2.connect(instance.guest_socket)
+    sock.sendall(http2.shut_window())
+    sock.sendall(b"".join(http2.call(n, http2.GET_EVENT_LOG) + http2.message(n, b"") for n in range(1, 17, 2)))
+    eventually(lambda: http2.closed(sock))
+    sock.close()
+    is_served(bounded, instance)
 
 
 def test_what_a_guest_does_wrong_again_and_again_does_not_fill_the_log(bounded: DaemonProcess) -> None:

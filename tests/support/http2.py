@@ -5,11 +5,12 @@ from __future__ import annotations
 import socket
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-DATA, HEADERS, RST_STREAM, SETTINGS, PING, WINDOW_UPDATE = 0, 1, 3, 4, 6, 8
+DATA, HEADERS, RST_STREAM, SETTINGS, PING, WINDOW_UPDATE, CONTINUATION = 0, 1, 3, 4, 6, 8, 9
 END_STREAM, END_HEADERS, ACK = 0x01, 0x04, 0x01
 READ_PCRS = "/vtpm.v1.TpmService/ReadPcrs"
 EXECUTE = "/vtpm.v1.TpmService/Execute"
 EXECUTE_STREAM = "/vtpm.v1.TpmService/ExecuteStream"
+GET_EVENT_LOG = "/vtpm.v1.TpmService/GetEventLog"
 MEASURE = "/vtpm.v1.TpmService/Measure"
 
 
@@ -51,6 +52,11 @@ def connect(path: str) -> socket.socket:
     # A window as wide as can be, so that answers never wait.
     sock.sendall(PREFACE + frame(SETTINGS, 0, 0) + frame(WINDOW_UPDATE, 0, 0, (1 << 30).to_bytes(4, "big")))
     return sock
+
+
+def shut_window() -> bytes:
+    """What a client says that takes no answers: SETTINGS_INITIAL_WINDOW_SIZE is 0."""
+    return frame(SETTINGS, 0, 0, b"\x00\x04" + bytes(4))
 
 
 def closed(sock: socket.socket) -> bool:

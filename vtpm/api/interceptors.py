@@ -23,6 +23,7 @@ from google.protobuf.message import DecodeError
 
 from vtpm.api.access import Access
 from vtpm.api.errors import code_of, status_of, status_of_unexpected
+from vtpm.api.limits import AnswerRoom
 from vtpm.api.ports import Admission, RequestMetrics
 from vtpm.api.tracing import Tracing
 from vtpm.errors import ErrorKind, InvalidArgumentError, VtpmError
@@ -35,6 +36,8 @@ _Encode = Callable[[Any], bytes]
 _MAX_LOGGED_REF: Final = 128
 # Asked for all the time, by machines, and of no interest to an auditor.
 _QUIET_SERVICES: Final = ("/grpc.health.", "/grpc.reflection.")
+# All others of a guest's are a few KiB.
+_LARGE_ANSWERS: Final = ("GetEventLog",)
 _READS: Final = ("Get", "List", "Read", "Quote")
 
 
@@ -48,13 +51,18 @@ class MessageLimits:
 
     `receive_timeout_s`: how long a request may take to be there; `idle_timeout_s`: how long a stream may go without a message,
     0 for as long as it likes; `sizes`: the largest request in bytes by method name, `size` for all others, 0 for what gRPC
-    takes.
+    takes; `answers`: room for large answers, None for as many as there are calls.
     """
 
     receive_timeout_s: float
     idle_timeout_s: float = 0
     size: int = 0
     sizes: Mapping[str, int] = field(default_factory=dict)
+    answers: AnswerRoom | None = None
+
+    def large_answer(self, method: str) -> AnswerRoom | None:
+        """Where a method's answers wait that are larger than others'."""
+        return self.answers if _name(method) in _LARGE_ANSWERS else None
 
     def large(self, method: str) -> bool:
         """Whether requests of a method may be larger than those of others."""
@@ -119,6 +127,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             try:
                 call.enter()
                 request = call.requests(decode, None) if stream else await call.request(decode)
+                await call.room()
                 response = encode(await serve(request, context))
                 call.code = grpc.StatusCode.OK
                 return response
@@ -159,7 +168,18 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 class _Call:
     """One call, from its headers to its status."""
 
-    __slots__ = ("_admitted", "_begin", "_context", "_instance", "_interceptor", "_method", "_span", "code", "reason")
+    __slots__ = (
+        "_admitted",
+        "_begin",
+        "_context",
+        "_instance",
+        "_interceptor",
+        "_method",
+        "_span",
+        "_untaken",
+        "code",
+        "reason",
+    )
 
     def __init__(self, interceptor: CallInterceptor, method: str, context: Any) -> None:
         self._interceptor = interceptor
@@ -172,6 +192,7 @@ class _Call:
         self.code = grpc.StatusCode.CANCELLED
         self.reason = ""
         self._admitted = False
+        self._untaken: asyncio.TimerHandle | None = None
 
     def enter(self) -> None:
         """Be let in, or raise; operators may ask at any time whether the service is well."""
@@ -179,7 +200,23 @@ class _Call:
             self._interceptor.admission.enter()
             self._admitted = True
             # It counts until the answer has been taken, not only until there is one.
-            self._context.add_done_callback(lambda _: self._interceptor.admission.leave())
+            self._context.add_done_callback(lambda _: self._leave())
+
+    def _leave(self) -> None:
+        self._interceptor.admission.leave()
+        if self._untaken is not None:
+            self._untaken.cancel()
+
+    async def room(self) -> None:
+        """Wait for room for the answer, if it is a large one; it is had until the answer has been taken."""
+        if (answers := self._interceptor.messages.large_answer(self._method)) is not None:
+            await answers.enter()
+            self._context.add_done_callback(lambda _: answers.leave())
+
+    def _not_taken(self) -> None:
+        fields = {"method": self._method, "instance": self._instance}
+        self._interceptor.quiet.warning("api.answer_not_taken", self._method, **fields)
+        self._interceptor.admission.untaken()
 
     async def request(self, decode: _Decode) -> Any:
         """Receive the one request of a call."""
@@ -276,6 +313,10 @@ class _Call:
         """Report how it ended."""
         if not self._admitted or self.code is grpc.StatusCode.CANCELLED:
             self._interceptor.admission.in_vain()
+        if self._admitted and self._interceptor.access.bound:
+            # Its window may be shut: gRPC then keeps the answer, and the call counts, for as long as the guest likes.
+            timeout_s = self._interceptor.messages.receive_timeout_s
+            self._untaken = asyncio.get_running_loop().call_later(timeout_s, self._not_taken)
         seconds = time.perf_counter() - self._begin
         code = self.code.name
         interceptor = self._interceptor

@@ -5,6 +5,7 @@ A call is counted when its headers are there, before gRPC is asked for its messa
 
 from __future__ import annotations
 
+import asyncio
 from typing import Final
 
 from vtpm.engine.limits import TokenBucket
@@ -107,6 +108,9 @@ class OperatorAdmission:
     def in_vain(self) -> None:
         """A call was refused, or given up."""
 
+    def untaken(self) -> None:
+        """An answer was not taken: an operator may take its time."""
+
 
 class GuestAdmission:
     """The door of one guest's server. Used from the event loop only."""
@@ -147,3 +151,29 @@ class GuestAdmission:
     def in_vain(self) -> None:
         """A call was refused, or given up before its answer: nothing of this guest is read for a while."""
         self._flow.brake(_PAUSE_S)
+
+    def untaken(self) -> None:
+        """An answer was not taken in time: gRPC would keep it as long as its connection is there."""
+        self._flow.cut()
+
+
+class AnswerRoom:
+    """Room for one guest's large answers: for one until it has been taken, in its turn among `everybody`'s."""
+
+    def __init__(self, everybody: asyncio.Semaphore) -> None:
+        self._everybody = everybody
+        self._own = asyncio.Semaphore(1)
+
+    async def enter(self) -> None:
+        """Wait for it."""
+        await self._own.acquire()
+        try:
+            await self._everybody.acquire()
+        except BaseException:
+            self._own.release()
+            raise
+
+    def leave(self) -> None:
+        """The answer has been taken, or the call has ended."""
+        self._everybody.release()
+        self._own.release()

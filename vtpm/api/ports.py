@@ -171,6 +171,9 @@ class Admission(Protocol):
     def in_vain(self) -> None:
         """A call was refused, or given up before its answer."""
 
+    def untaken(self) -> None:
+        """An answer was not taken in time."""
+
 
 class RequestMetrics(Protocol):
     """What the API reports (vtpm.metrics.Metrics)."""

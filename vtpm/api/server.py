@@ -25,7 +25,7 @@ from vtpm.api.health import HEALTH_SERVICE, REFLECTION_SERVICE, HealthServicer, 
 from vtpm.api.host import HostServicer
 from vtpm.api.instances import InstanceServicer
 from vtpm.api.interceptors import CallInterceptor, MessageLimits
-from vtpm.api.limits import CallLimits
+from vtpm.api.limits import AnswerRoom, CallLimits
 from vtpm.api.ports import Admission, ApiSettings, Instances, RequestMetrics
 from vtpm.api.sockets import admit_group, group_id, serve_on
 from vtpm.api.tpm import MAX_DATA_SIZE, TpmServicer
@@ -63,6 +63,8 @@ _MAX_OPERATOR_CONNECTIONS: Final = 256
 # command has 4 KiB, a nonce 64 bytes, a key to be certified less than a KiB, and nothing else is larger than a command.
 _GUEST_REQUEST_BYTES: Final = 16 << 10
 _MEASURE_BYTES: Final = MAX_DATA_SIZE + _GUEST_REQUEST_BYTES
+# Event logs of all guests under way at once, each of some 200 KiB.
+_LARGE_ANSWERS_AT_ONCE: Final = 32
 _GUEST_OPTIONS: Final = (
     ("grpc.max_receive_message_length", _MEASURE_BYTES),
     # What comes before anybody has asked for it, of each stream; without a probe of the bandwidth it stays at that.
@@ -126,6 +128,7 @@ class ApiServer:
         self._tracing = open_tracing(settings.otel_endpoint)
         self._operators: grpc.aio.Server | None = None
         self._seldom = Seldom()
+        self._large_answers = asyncio.Semaphore(_LARGE_ANSWERS_AT_ONCE)
 
     async def start(self) -> None:
         """Listen for operators, then bring up the guest sockets of what runs already.
@@ -198,7 +201,11 @@ class ApiServer:
         access = GuestAccess(record.id, record.name)
         settings = self._settings
         messages = MessageLimits(
-            settings.receive_timeout_s, settings.stream_idle_timeout_s, _GUEST_REQUEST_BYTES, {"Measure": _MEASURE_BYTES}
+            settings.receive_timeout_s,
+            settings.stream_idle_timeout_s,
+            _GUEST_REQUEST_BYTES,
+            {"Measure": _MEASURE_BYTES},
+            AnswerRoom(self._large_answers),
         )
         options = (*_GUEST_OPTIONS, ("grpc.max_concurrent_streams", settings.max_guest_calls))
         server = self._server(access, self._limits.guest(flow), messages, options)

@@ -88,7 +88,7 @@ def load_manifest(data: bytes, subject: str) -> Manifest:
             Content(int(document["store"]["size"]), str(document["store"]["sha256"])),
             Content(int(document["keys"]["size"]), str(document["keys"]["sha256"])) if document["keys"] else None,
         )
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         raise damaged(subject, "its manifest can't be read") from None
     return manifest
 
@@ -298,7 +298,7 @@ class _Unpacker:
         limits = {MANIFEST: MAX_MANIFEST_SIZE, KEYS: MAX_KEYS_SIZE}
         if self._manifest is not None:
             limits[STORE] = self._manifest.store.size
-        if info.name != wanted or not info.isreg() or self._ended or info.size > limits.get(wanted, -1):
+        if info.name != wanted or not info.isreg() or self._ended or not 0 <= info.size <= limits.get(wanted, -1):
             raise damaged(self._subject, "the archive has what does not belong there")
         self._names.append(info.name)
         self._member, self._left, self._padding = info.name, info.size, -info.size % _BLOCK

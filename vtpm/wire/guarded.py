@@ -33,6 +33,9 @@ _LONGEST_PAUSE_S: Final = 5.0
 _WASTED_PER_S: Final = 1 << 20
 # What a call costs a guest that it gives up at once: gRPC has had the work of it.
 _GIVEN_UP_PAUSE_S: Final = 0.05
+# What a call costs that gRPC refuses by itself, as no client of gRPC makes one. It takes a tenth of a second to refuse a call,
+# and everybody waits while it has some.
+_REFUSED_PAUSE_S: Final = 2.0
 # When gRPC has not come back with a call for so long it never will, as something is wrong with it; then the guest waits.
 _UNSEEN_TIMEOUT_S: Final = 0.25
 _UNSEEN_PAUSE_S: Final = 1.0
@@ -46,6 +49,8 @@ class LargeMessages:
 
     def __init__(self, at_once: int, size: int) -> None:
         self.turns = asyncio.Semaphore(at_once)
+        # Guests that wait for theirs.
+        self.waiting = 0
         self.size = size
 
 
@@ -67,6 +72,8 @@ class GuestFlow:
         # Since when it may have a large message under way.
         self.large_since: float | None = None
         self._unseen = 0
+        # Its connections that are carried.
+        self.connections: set[GuardedConnection] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._settled = asyncio.Event()
         self._settled.set()
@@ -95,7 +102,11 @@ class GuestFlow:
         try:
             async with asyncio.timeout(_LARGE_TIMEOUT_S), self._one_waits:
                 if self.large_since is None:
-                    await self._large.turns.acquire()
+                    self._large.waiting += 1
+                    try:
+                        await self._large.turns.acquire()
+                    finally:
+                        self._large.waiting -= 1
                     self.large_since = time.monotonic()
                     # Perhaps it is not needed any more.
                     self.change(0)
@@ -107,10 +118,20 @@ class GuestFlow:
                 kind=ErrorKind.RESOURCE_EXHAUSTED,
             ) from None
 
+    def overstays(self, timeout_s: float) -> bool:
+        """Whether it has had large messages under way for longer than one may take, one begun before another's end, and others
+        wait."""
+        return self.large_since is not None and self.large_since + timeout_s <= time.monotonic() and self._large.waiting > 0
+
     def brake(self, seconds: float) -> None:
         """Read nothing of this guest for `seconds` more: what it asks for beyond its share costs it time, not others."""
         now = time.monotonic()
         self._until = min(max(now, self._until) + seconds, now + _LONGEST_PAUSE_S)
+
+    def cut(self) -> None:
+        """End its connections."""
+        for connection in self.connections:
+            connection.cut()
 
     async def turn(self) -> None:
         """Return when something of this guest may be read: in its turn among all guests, however many connections it has."""
@@ -188,6 +209,7 @@ class GuardedConnection:
         loop = asyncio.get_running_loop()
         requests = loop.create_task(self._requests(inner))
         answers = loop.create_task(self._answers(inner))
+        self._flow.connections.add(self)
         try:
             await asyncio.wait((requests, answers), return_when=asyncio.FIRST_COMPLETED)
             if requests.done():
@@ -200,6 +222,7 @@ class GuardedConnection:
             answers.cancel()
             # Neither socket may be closed while the loop still waits for it.
             await asyncio.gather(requests, answers, return_exceptions=True)
+            self._flow.connections.discard(self)
             self._flow.change(-self._counted)
 
     async def _requests(self, inner: socket.socket) -> None:
@@ -225,6 +248,13 @@ class GuardedConnection:
         while not self._flow.less.is_set():
             # It has room for one large message, and this is more.
             await self._in_time(self._flow.less)
+        if self._watch.oldest is not None and self._flow.overstays(self._message_timeout_s):
+            raise VtpmError(
+                "MESSAGE_ROOM_BUSY",
+                "other guests wait for the room that this one's large messages take",
+                remedy="send one after another",
+                kind=ErrorKind.RESOURCE_EXHAUSTED,
+            )
         while True:
             await self._flow.turn()
             try:
@@ -274,6 +304,7 @@ class GuardedConnection:
             while data := await loop.sock_recv(inner, _CHUNK_SIZE):
                 if refused := self._watch.answered(data):
                     self._flow.seen(refused)
+                    self._flow.brake(refused * _REFUSED_PAUSE_S)
                 self._settle()
                 async with asyncio.timeout(_STALL_TIMEOUT_S):
                     await loop.sock_sendall(self._client, data)

@@ -19,8 +19,9 @@ MAX_FRAME_SIZE: Final = 16384
 _HEAD_SIZE: Final = 9
 # "Length-Prefixed-Message" of gRPC over HTTP/2: a flag for compression and four bytes of length.
 _PREFIX_SIZE: Final = 5
-_DATA, _HEADERS, _RST_STREAM = 0, 1, 3
+_DATA, _HEADERS, _RST_STREAM, _CONTINUATION = 0, 1, 3, 9
 _END_STREAM: Final = 0x01
+_END_HEADERS: Final = 0x04
 _PADDED: Final = 0x08
 # More streams than a server allows at once can't be open for longer than it takes to refuse them.
 _MAX_STREAMS: Final = 1024
@@ -125,6 +126,8 @@ class MessageWatch:
         # Streams that the client has not ended; None where one is between two messages.
         self._streams: dict[int, _Message | None] = {}
         self._highest = 0
+        # The stream whose headers have begun and not ended (RFC 9113, 6.10).
+        self._begun_headers = 0
         # Streams of which the server has said nothing yet.
         self._unanswered: set[int] = set()
         # When the message that a stream is sending began; the oldest is the first.
@@ -155,6 +158,9 @@ class MessageWatch:
                     wasted += len(piece.payload)
             elif piece.kind == _HEADERS and piece.last and piece.stream % 2 and piece.stream > self._highest:
                 self._open(piece.stream)
+            # gRPC comes with a call when all of its headers are there: who keeps some of them back keeps nobody waiting.
+            if piece.last and piece.stream == self._begun_headers and self._ends_headers(piece):
+                self._begun_headers = 0
                 opened += 1
             if piece.last and self._ends(piece):
                 self._forget(piece.stream)
@@ -180,10 +186,14 @@ class MessageWatch:
     def _ends(piece: _Piece) -> bool:
         return piece.kind == _RST_STREAM or (piece.kind in (_DATA, _HEADERS) and bool(piece.flags & _END_STREAM))
 
+    @staticmethod
+    def _ends_headers(piece: _Piece) -> bool:
+        return piece.kind in (_HEADERS, _CONTINUATION) and bool(piece.flags & _END_HEADERS)
+
     def _open(self, stream: int) -> None:
         if max(len(self._streams), len(self._unanswered)) >= _MAX_STREAMS:
             raise InvalidArgumentError("HTTP2_TOO_MANY_STREAMS", f"at most {_MAX_STREAMS} streams are followed")
-        self._highest = stream
+        self._highest = self._begun_headers = stream
         self._streams[stream] = None
         self._unanswered.add(stream)
 

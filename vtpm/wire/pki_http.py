@@ -106,7 +106,9 @@ class DistributionServer:
             try:
                 async with asyncio.timeout(_TIMEOUT_S):
                     writer.write(await self._answer(reader))
-                    await writer.drain()
+                    # It counts until the peer has taken all of it, or its time is up.
+                    writer.close()
+                    await writer.wait_closed()
             finally:
                 self._open[peer] -= 1
                 if not self._open[peer]:
@@ -115,9 +117,8 @@ class DistributionServer:
             # Slow, gone, or not speaking HTTP: nobody to tell.
             pass
         finally:
-            writer.close()
-            with contextlib.suppress(OSError):
-                await writer.wait_closed()
+            # Closed alone it would stay, with all that is yet to be sent, for as long as the peer takes nothing.
+            writer.transport.abort()
 
     async def _answer(self, reader: asyncio.StreamReader) -> bytes:
         try:

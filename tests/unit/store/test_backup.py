@@ -161,6 +161,7 @@ FORGED: dict[str, Callable[[dict[str, bytes]], list[tuple[str, bytes]]]] = {
     "other keys": lambda m: [*list(m.items())[:2], ("keys.json", b"{}")],
     "a large manifest": lambda m: [("manifest.json", b" " * (2 << 20) + m["manifest.json"]), *list(m.items())[1:]],
     "no json": lambda m: [("manifest.json", b"{"), *list(m.items())[1:]],
+    "no number": lambda m: [("manifest.json", with_manifest(m, instances=float("inf"))), *list(m.items())[1:]],
     "a list": lambda m: [("manifest.json", b"[1]"), *list(m.items())[1:]],
     "other counts": lambda m: [("manifest.json", with_manifest(m, instances=3)), *list(m.items())[1:]],
 }
@@ -169,6 +170,15 @@ FORGED: dict[str, Callable[[dict[str, bytes]], list[tuple[str, bytes]]]] = {
 @pytest.mark.parametrize("what", FORGED)
 def test_an_archive_that_is_not_as_it_should_be_is_refused(taken: Path, what: str) -> None:
     assert reason_of(packed(taken, FORGED[what](members_of(taken)))) == "BACKUP_DAMAGED"
+
+
+def test_a_member_of_a_negative_size_is_refused_at_its_header(taken: Path) -> None:
+    info = tarfile.TarInfo("manifest.json")
+    info.size = -1
+    path = taken.with_name("made.age")
+    path.write_bytes(pyrage.encrypt(info.tobuf(tarfile.GNU_FORMAT) + bytes(4 << 20), [ME.to_public()]))
+    with pytest.raises(BackupError, match="what does not belong there"), backup.opened(path, [ME]):
+        pass
 
 
 def test_an_archive_that_is_as_it_should_be_is_taken_whoever_made_it(taken: Path) -> None:

@@ -60,6 +60,15 @@ def test_streams_that_the_server_refuses_are_told_from_those_that_it_answers() -
     assert watch.answered(TRAILERS + http2.frame(http2.RST_STREAM, 0, 1, bytes(4))) == 0
 
 
+def test_a_call_is_handed_over_when_all_of_its_headers_are_there() -> None:
+    watch = MessageWatch()
+    headers = http2.call(1, http2.EXECUTE)[9:]
+    assert watch.sent(BEGINNING + http2.frame(http2.HEADERS, http2.END_STREAM, 1, headers[:20]), 1.0).opened == 0
+    assert watch.sent(http2.frame(http2.CONTINUATION, 0, 1, headers[20:30]), 1.0).opened == 0
+    assert watch.sent(http2.frame(http2.CONTINUATION, http2.END_HEADERS, 1, headers[30:]), 1.0).opened == 1
+    assert watch.sent(http2.frame(http2.CONTINUATION, http2.END_HEADERS, 1), 1.0).opened == 0
+
+
 def test_a_call_that_is_given_up_unanswered_is_counted() -> None:
     watch = begun()
     assert watch.sent(http2.frame(http2.RST_STREAM, 0, 1, bytes(4)), 2.0).given_up == 1

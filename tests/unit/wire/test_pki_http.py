@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator
 
 import pytest
 
+from vtpm.engine.sandbox import open_descriptors
 from vtpm.errors import ConfigError, StoreError
 from vtpm.wire import pki_http
 from vtpm.wire.pki_http import DistributionServer, parse_address
@@ -80,6 +82,26 @@ async def test_all_else_is_refused(server: DistributionServer, request_line: byt
 async def test_one_that_says_nothing_is_not_waited_for(server: DistributionServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pki_http, "_TIMEOUT_S", 0.05)
     assert await raw(server, b"GET /crl/aa") == b""
+
+
+async def test_one_that_takes_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pki_http, "_TIMEOUT_S", 0.2)
+    server = DistributionServer("127.0.0.1:0", lambda path: ("application/pkix-crl", bytes(16 << 20)))
+    await server.start()
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    client.setblocking(False)
+    loop = asyncio.get_running_loop()
+    await loop.sock_connect(client, ("127.0.0.1", server.port))
+    before = open_descriptors()
+    await loop.sock_sendall(client, b"GET /crl/aa.crl HTTP/1.1\r\n\r\n")
+    async with asyncio.timeout(30):
+        while open_descriptors() >= before:
+            # The server's end of it may not have been accepted when they were counted first.
+            before = max(before, open_descriptors())
+            await asyncio.sleep(0.05)
+    client.close()
+    await server.close()
 
 
 async def test_no_more_connections_than_the_bound(server: DistributionServer, monkeypatch: pytest.MonkeyPatch) -> None:
