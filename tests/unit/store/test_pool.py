@@ -6,11 +6,12 @@ import dataclasses
 import datetime as dt
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
-from tests.unit.store.given import a_new_instance
-from vtpm.errors import AlreadyExistsError, ConflictError, NotFoundError, VtpmError
+from tests.unit.store.given import a_commit, a_new_instance, database_file
+from vtpm.errors import AlreadyExistsError, ConflictError, NotFoundError, SealedStateError, VtpmError
 from vtpm.store.model import (
     CertificateRecord,
     Filter,
@@ -145,3 +146,21 @@ def test_renewals_of_what_runs_are_found_and_of_what_does_not_are_not(store: Sto
     assert raised.value.reason == "INSTANCE_CHANGED"
     store.identities.renew_off(instances[0], SealedState(0, 2, b"state"), (a_certificate(instances[0], 5, "AK"),))
     assert store.load(instances[0])[1] == SealedState(0, 2, b"state")
+
+
+def test_a_member_that_was_used_is_nobody_else_s_tpm(store: Store, path: Path) -> None:
+    """Its rows, put back as they were in the pool, have right MACs; its state is of an epoch that they do not know."""
+    member = a_member(store)
+    with database_file(path) as database:
+        before = {table: database.execute(f"SELECT * FROM {table}").fetchone() for table in ("pool", "instances")}
+    owner = store.pool.claim(a_claim(member, "owner"))
+    owner = store.acquire(owner.id, boot_id="boot-1")
+    assert store.commit([a_commit(owner, 2)]) == [""]
+    with database_file(path) as database:
+        for table, row in before.items():
+            database.execute("DELETE FROM labels")
+            database.execute(f"REPLACE INTO {table} VALUES ({', '.join('?' * len(row))})", row)
+    other = store.pool.claim(a_claim(member, "other"))
+    with pytest.raises(SealedStateError) as refused:
+        store.acquire(other.id, boot_id="boot-1")
+    assert refused.value.reason == "EPOCH_SET_BACK"
