@@ -146,7 +146,7 @@ class Settings(BaseSettings):
         default=10,
         gt=0,
         le=3600,
-        description="How long the request of a gRPC call may take to be there.",
+        description="How long the request of a gRPC call may take to be there, and a guest to take the answer.",
     )
     stream_idle_timeout_s: float = Field(
         default=300, ge=0, le=86400, description="Without a message for so long a guest's stream ends; 0: never."

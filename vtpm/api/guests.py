@@ -211,12 +211,7 @@ class GuestServers:
             slot.lingering.cancel()
             slot.lingering = None
         try:
-            if slot.opening is None:
-                slot.opening = asyncio.ensure_future(self._open(slot, record))
-            path = await asyncio.shield(slot.opening)
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as inner:
-                inner.setblocking(False)
-                await asyncio.get_running_loop().sock_connect(inner, str(path))
+            with await self._reach(slot, record) as inner:
                 await guarded.carry(inner)
         except VtpmError as error:
             fields = {"instance": str(record.id), "reason": error.reason, "remedy": error.remedy}
@@ -224,14 +219,31 @@ class GuestServers:
         except (OSError, TimeoutError) as error:
             log.debug("api.guest_connection_ended", instance=str(record.id), error=type(error).__name__)
 
+    async def _reach(self, slot: _Slot, record: InstanceRecord) -> socket.socket:
+        """Return a connection to the instance's server; if that is retired meanwhile, to the next one."""
+        while True:
+            if slot.opening is None:
+                slot.opening = asyncio.get_running_loop().create_task(self._open(slot, record))
+            opening = slot.opening
+            inner = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                inner.setblocking(False)
+                await asyncio.get_running_loop().sock_connect(inner, str(await asyncio.shield(opening)))
+            except BaseException as error:
+                inner.close()
+                if isinstance(error, OSError) and slot.opening is not opening and slot.epoch == record.epoch:
+                    continue
+                raise
+            return inner
+
     async def _open(self, slot: _Slot, record: InstanceRecord) -> Path:
         """Have a server for the instance; return where it listens."""
-        own = slot.opening
-        server = self._make(record, slot.flow)
+        own = asyncio.current_task()
         path = self._directory / f"{next(self._numbers):x}"
         try:
+            server = self._make(record, slot.flow)
             await serve_within(server, path)
-        except VtpmError:
+        except BaseException:
             if slot.opening is own:
                 slot.opening = None
             raise
