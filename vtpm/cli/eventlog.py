@@ -6,6 +6,7 @@ Nothing of gRPC is imported here: a log in a file needs no daemon. The readers a
 from __future__ import annotations
 
 import enum
+import errno
 import re
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from vtpm import files
 from vtpm.cli import exits, output
 from vtpm.cli.context import OutputOption, connected, say
 from vtpm.cli.output import Format
@@ -170,16 +172,21 @@ def _load(place: str) -> bytes:
 
 def _file(path: Path) -> bytes:
     try:
-        with path.open("rb") as source:
-            return _bounded(source.read(_MAX_FILE_SIZE + 1), str(path))
+        return files.read(path, _MAX_FILE_SIZE, follow=True)
     except OSError as error:
+        if error.errno == errno.EFBIG:
+            raise _too_large(str(path)) from None
         raise InvalidArgumentError("FILE_UNREADABLE", f"{_READ_ERROR}: {error.strerror}", subject=str(path)) from None
 
 
 def _bounded(data: bytes, place: str) -> bytes:
     if len(data) > _MAX_FILE_SIZE:
-        raise InvalidArgumentError("FILE_TOO_LARGE", "is larger than 256 MiB", subject=place)
+        raise _too_large(place)
     return data
+
+
+def _too_large(place: str) -> InvalidArgumentError:
+    return InvalidArgumentError("FILE_TOO_LARGE", "is larger than 256 MiB", subject=place)
 
 
 def _read(data: bytes, kind: LogFormatName | None) -> AnyLog:
