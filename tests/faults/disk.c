@@ -71,11 +71,23 @@ static int opened(int fd, const char *path, int flags) {
     return fd;
 }
 
+/* The whole path of a name that is relative to a directory's descriptor, in `buffer`; the name itself if there is no way to tell. */
+static const char *whole(int dir, const char *name, char *buffer, size_t size) {
+    if (!name || name[0] == '/' || dir == AT_FDCWD) return name;
+    char link[64], parent[4096];
+    snprintf(link, sizeof link, "/proc/self/fd/%d", dir);
+    ssize_t length = readlink(link, parent, sizeof parent - 1);
+    if (length <= 0) return name;
+    parent[length] = 0;
+    if ((size_t)snprintf(buffer, size, "%s/%s", parent, name) >= size) return name;
+    return buffer;
+}
+
 #define MODE(flags) va_list list; va_start(list, flags); mode_t mode = (flags & (O_CREAT | O_TMPFILE)) ? va_arg(list, mode_t) : 0; va_end(list)
 int open(const char *path, int flags, ...) { MODE(flags); int (*f)(const char *, int, ...) = real("open"); return opened(f(path, flags, mode), path, flags); }
 int open64(const char *path, int flags, ...) { MODE(flags); int (*f)(const char *, int, ...) = real("open64"); return opened(f(path, flags, mode), path, flags); }
-int openat(int dir, const char *path, int flags, ...) { MODE(flags); int (*f)(int, const char *, int, ...) = real("openat"); return opened(f(dir, path, flags, mode), path, flags); }
-int openat64(int dir, const char *path, int flags, ...) { MODE(flags); int (*f)(int, const char *, int, ...) = real("openat64"); return opened(f(dir, path, flags, mode), path, flags); }
+int openat(int dir, const char *path, int flags, ...) { MODE(flags); int (*f)(int, const char *, int, ...) = real("openat"); char full[8192]; return opened(f(dir, path, flags, mode), whole(dir, path, full, sizeof full), flags); }
+int openat64(int dir, const char *path, int flags, ...) { MODE(flags); int (*f)(int, const char *, int, ...) = real("openat64"); char full[8192]; return opened(f(dir, path, flags, mode), whole(dir, path, full, sizeof full), flags); }
 
 int close(int fd) {
     int (*f)(int) = real("close");
@@ -146,6 +158,30 @@ int rename(const char *from, const char *to) {
     if (!result && watched(to)) {
         pthread_mutex_lock(&lock);
         tell('R', from, 0, to, strlen(to));
+        pthread_mutex_unlock(&lock);
+    }
+    return result;
+}
+int renameat(int from_dir, const char *from, int to_dir, const char *to) {
+    int (*f)(int, const char *, int, const char *) = real("renameat");
+    char old[8192], new[8192];
+    const char *source = whole(from_dir, from, old, sizeof old), *target = whole(to_dir, to, new, sizeof new);
+    int result = f(from_dir, from, to_dir, to);
+    if (!result && watched(target)) {
+        pthread_mutex_lock(&lock);
+        tell('R', source, 0, target, strlen(target));
+        pthread_mutex_unlock(&lock);
+    }
+    return result;
+}
+int unlinkat(int dir, const char *path, int flags) {
+    int (*f)(int, const char *, int) = real("unlinkat");
+    char full[8192];
+    const char *gone = whole(dir, path, full, sizeof full);
+    int result = f(dir, path, flags);
+    if (!result && !(flags & AT_REMOVEDIR) && watched(gone)) {
+        pthread_mutex_lock(&lock);
+        tell('U', gone, 0, NULL, 0);
         pthread_mutex_unlock(&lock);
     }
     return result;

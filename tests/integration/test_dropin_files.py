@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import stat
 import subprocess
 import sys
@@ -155,6 +156,12 @@ def test_mode_and_owner_are_the_sockets_and_nobody_elses(tmp_path: Path, victim:
                 until(lambda path=path: stat.S_ISSOCK(path.lstat().st_mode))  # type: ignore[misc]
                 status = path.lstat()
                 assert (status.st_mode & 0o777, status.st_uid, status.st_gid) == (0o666, STRANGER, STRANGER)
+            # Once it answers it serves, and ends in order.
+            with socket.socket(socket.AF_UNIX) as control:
+                control.settimeout(TIMEOUT_S)
+                control.connect(str(paths[0]))
+                control.sendall((1).to_bytes(4, "big"))
+                assert control.recv(8)
             process.terminate()
             assert process.wait(10) == 0
         assert not any(os.path.lexists(path) for path in paths)

@@ -225,7 +225,7 @@ def test_what_a_command_reads_has_an_end(web: DaemonProcess, what: str, kind: st
 
 WRITTEN: dict[str, tuple[str, Callable[[str], list[str]]]] = {
     "quote": ("quote.msg", lambda root: ["quote", "strangers", "--out", root]),
-    "eventlog": ("log", lambda root: ["eventlog", "strangers", "--out", f"{root}/log"]),
+    "eventlog": ("log", lambda root: ["eventlog", "get", "strangers", "--out", f"{root}/log"]),
     "ca show": ("root.pem", lambda root: ["ca", "show", "--out", root]),
     "ca crl": ("crl", lambda root: ["ca", "crl", "--out", f"{root}/crl"]),
     "cert": ("ak", lambda root: ["instance", "cert", "strangers", "--kind", "ak", "--out", f"{root}/ak"]),

@@ -26,6 +26,7 @@ from vtpm.tpm.ptm import ControlCommand
 # A worker serves one request after the other: these are more than anybody has who waits for them.
 _MAX_PENDING: Final = 512
 _MAX_UNSENT: Final = 8 << 20
+_LOOK_AGAIN_S: Final = 0.01
 # How long a request may take beside what it waits for the store: a key by RSA takes seconds on a busy machine.
 _TIMEOUT_S: Final = 30.0
 _TIMEOUTS_S: Final = {
@@ -56,6 +57,8 @@ class WorkerLink(asyncio.Protocol):
         self._reader = FrameReader()
         self._transport: asyncio.Transport | None = None
         self._ids = 0
+        # Requests that are not sent yet.
+        self._unsent = 0
         # Outlines of requests without a reply, with those that nobody waits for any more: each gets one, and no other comes. A
         # worker may leave them without one as long as it lives, and a guest may ask for a megabyte each to be measured.
         self._pending: dict[int, tuple[pb.WorkerRequest, asyncio.Future[pb.WorkerReply]]] = {}
@@ -173,31 +176,21 @@ class WorkerLink(asyncio.Protocol):
         Raises:
             EngineError: TPM_LOST, WORKER_MISBEHAVED, WORKER_BUSY, or WORKER_TIMEOUT: no answer in time, by its kind.
         """
-        if self._transport is None or self.gone.is_set():
-            raise self._lost()
-        if len(self._pending) >= _MAX_PENDING or self._transport.get_write_buffer_size() > _MAX_UNSENT:
+        waiting = len(self._pending) + self._unsent
+        if waiting >= _MAX_PENDING:
             raise EngineError(
                 "WORKER_BUSY",
-                f"{len(self._pending)} requests wait for the instance's worker",
+                f"{waiting} requests wait for the instance's worker",
                 subject=str(self.instance),
                 remedy="try again later; if it stays so, reset the instance together with its VM",
                 kind=ErrorKind.RESOURCE_EXHAUSTED,
             )
         kind = request.WhichOneof("body") or ""
-        self._ids += 1
-        request.id = self._ids
-        future: asyncio.Future[pb.WorkerReply] = self._loop.create_future()
-        # It stays there until its reply comes, even if nobody waits for that any more.
-        self._pending[request.id] = validate.outline(request), future
-        if kind == "get_keys":
-            self._grant("imported")
-            if request.get_keys.forget_generation:
-                self._grant("identity_touched")
-        self._transport.write(frame(request.SerializeToString()))
         allowed_s = _TIMEOUTS_S.get(kind, _TIMEOUT_S) + self._store_timeout_s if timeout_s is None else timeout_s
         try:
             async with asyncio.timeout(allowed_s):
-                reply = await future
+                await self._room()
+                reply = await self._send(request, kind)
         except TimeoutError:
             raise EngineError(
                 "WORKER_TIMEOUT",
@@ -209,6 +202,32 @@ class WorkerLink(asyncio.Protocol):
         if reply.HasField("fault"):
             raise _error(reply.fault, str(self.instance))
         return reply
+
+    async def _room(self) -> None:
+        """Wait until the worker has taken enough of what it was sent: large requests come faster than it reads."""
+        self._unsent += 1
+        try:
+            while self._transport is not None and self._transport.get_write_buffer_size() > _MAX_UNSENT:
+                if self.gone.is_set():
+                    break
+                await asyncio.sleep(_LOOK_AGAIN_S)
+        finally:
+            self._unsent -= 1
+
+    def _send(self, request: pb.WorkerRequest, kind: str) -> asyncio.Future[pb.WorkerReply]:
+        if self._transport is None or self.gone.is_set():
+            raise self._lost()
+        self._ids += 1
+        request.id = self._ids
+        future: asyncio.Future[pb.WorkerReply] = self._loop.create_future()
+        # It stays there until its reply comes, even if nobody waits for that any more.
+        self._pending[request.id] = validate.outline(request), future
+        if kind == "get_keys":
+            self._grant("imported")
+            if request.get_keys.forget_generation:
+                self._grant("identity_touched")
+        self._transport.write(frame(request.SerializeToString()))
+        return future
 
     async def execute(self, command: bytes, locality: int) -> bytes:
         """See RunningTpm."""
