@@ -218,6 +218,9 @@ class GuestServers:
             self._quiet.warning("api.guest_connection_cut", (record.id, error.reason), **fields)
         except (OSError, TimeoutError) as error:
             log.debug("api.guest_connection_ended", instance=str(record.id), error=type(error).__name__)
+        except Exception as error:  # noqa: BLE001  # it is one connection's; the next one tries again
+            fields = {"instance": str(record.id), "reason": "INTERNAL", "error": type(error).__name__}
+            self._quiet.warning("api.guest_connection_cut", (record.id, "INTERNAL"), **fields)
 
     async def _reach(self, slot: _Slot, record: InstanceRecord) -> socket.socket:
         """Return a connection to the instance's server; if that is retired meanwhile, to the next one."""
