@@ -537,12 +537,24 @@ class Store:
     # ---- key rotation ----------------------------------------------------------------------------------------------------
 
     def wrapped_keys(self, after: uuid.UUID | None, limit: int) -> Sequence[tuple[uuid.UUID, WrappedKey]]:
-        """Return up to `limit` wrapped data keys ordered by instance, from behind `after`."""
+        """Return up to `limit` wrapped data keys ordered by instance, from behind `after`.
+
+        Raises:
+            StoreError: DATA_KEY_ROW_INVALID, a row names no instance. A row left out here would end with the key that wraps it.
+        """
         query = sa.select(data_keys).order_by(data_keys.c.instance).limit(limit)
         if after is not None:
             query = query.where(data_keys.c.instance > after)
         with self._reading() as connection:
-            return [(row.instance, WrappedKey(row.provider, row.key_id, row.blob)) for row in connection.execute(query)]
+            try:
+                return [(row.instance, WrappedKey(row.provider, row.key_id, row.blob)) for row in connection.execute(query)]
+            except (ValueError, TypeError, AttributeError):
+                raise StoreError(
+                    "DATA_KEY_ROW_INVALID",
+                    "a row of data_keys names no instance; the service did not write it",
+                    subject=self._url,
+                    remedy="find out who can write the store, and restore it from a backup; the keys are as they were",
+                ) from None
 
     def rewrap(self, updates: Sequence[tuple[uuid.UUID, WrappedKey, WrappedKey]]) -> int:
         """Replace each old wrapped key by its new one where it is still the old one; return how many. State is not touched."""

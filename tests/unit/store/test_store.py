@@ -19,7 +19,7 @@ from tests.unit.store.given import (
     open_store,
     sign_anew,
 )
-from vtpm.errors import AlreadyExistsError, ConflictError, FailedPreconditionError, NotFoundError
+from vtpm.errors import AlreadyExistsError, ConflictError, FailedPreconditionError, NotFoundError, StoreError
 from vtpm.store.model import Failure, InstanceState, SealedState
 from vtpm.store.store import Store
 
@@ -293,3 +293,12 @@ def test_a_request_id_that_was_faster_is_told_from_a_name_that_is_taken(store: S
     with pytest.raises(AlreadyExistsError) as refused:
         store.create(a_new_instance("b", request_id=request_id))
     assert refused.value.reason == "REQUEST_ID_TAKEN"
+
+
+def test_a_data_key_of_no_instance_is_named_and_none_is_left_out(store: Store, path: Path) -> None:
+    store.create(a_new_instance())
+    with database_file(path) as database:
+        database.execute("INSERT INTO data_keys (instance, provider, key_id, blob) VALUES ('zz', 'file', 'k', x'00')")
+    with pytest.raises(StoreError) as refused:
+        store.wrapped_keys(None, 10)
+    assert refused.value.reason == "DATA_KEY_ROW_INVALID"
